@@ -1,0 +1,63 @@
+# make test | demo | bench | gpu-check work from a fresh clone: each first makes what it needs.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+OUT ?= gpu-report
+TORCH ?= torch==2.13.0
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+SOURCES := setup.py $(shell find csrc -type f)
+CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+# Where there is a compiler, code that does not compile stops make instead of being reported and left out.
+KDFAST_EXTENSION ?= $(if $(shell command -v $(firstword $(CXX))),1)
+# Two test processes share the machine with torch's own threads: idle threads must not spin.
+TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
+
+.PHONY: env build lint test demo bench gpu-check clean
+
+env: $(VENV)/.installed
+build: $(VENV)/.built
+
+# torch comes first, so that nothing else picks another build of it. Compiling is left to `build`, which shows it.
+$(VENV)/.installed: Makefile pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) setuptools wheel pybind11 ninja
+	KDFAST_EXTENSION=0 $(PIP) --no-build-isolation -e '.[dev]' $(TORCH)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	KDFAST_EXTENSION=$(KDFAST_EXTENSION) $(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+lint: env
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+# The interpreter is chosen when Triton is imported, so its tests run in a process of their own.
+test: build lint
+	$(TEST_ENV) TRITON_INTERPRET=1 $(PY) -m pytest -q -n 2 -m interpret
+	$(TEST_ENV) $(PY) -m pytest -q -n 2 -m "not interpret"
+
+demo: build
+	$(PY) examples/distill_digits.py --out report
+
+bench: build
+	$(PY) -m benchmarks
+
+# For a machine with a GPU, its own torch, and perhaps no network: installs nothing.
+gpu-check:
+	mkdir -p "$(OUT)"
+	set -o pipefail; KDFAST_EXTENSION=1 KDFAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace 2>&1 | tee "$(OUT)/build.log"
+	cat build/ext/*/cuda/*.log > "$(OUT)/ptxas.log"
+	$(PYTHON) -m kdfast.info | tee "$(OUT)/info.txt"
+	status=0; \
+	$(PYTHON) -m pytest -m gpu tests > "$(OUT)/tests.log" 2>&1 || status=$$?; tail -n 40 "$(OUT)/tests.log"; \
+	$(PYTHON) -m benchmarks --device cuda --out "$(OUT)" > "$(OUT)/benchmarks.log" 2>&1 || status=$$?; \
+	tail -n 40 "$(OUT)/benchmarks.log"; exit $$status
+
+clean:
+	rm -rf build dist report gpu-report *.egg-info kdfast/_build.json kdfast/_C*.so .pytest_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.built
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,107 @@
+"""``python -m benchmarks``: measure the suite, or part of it; write CSV and figures; print the tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import plots, report
+from .cases import select
+from .ceilings import Ceilings
+from .measure import measure
+
+ROOT = Path(__file__).parent
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--op", nargs="+", metavar="NAME", help="families or ops to measure (all)")
+    parser.add_argument("--case", default="", metavar="SUBSTRING", help="only cases whose name holds this")
+    parser.add_argument(
+        "--provider", nargs="+", default=(), metavar="NAME", help="only these providers (all)"
+    )
+    parser.add_argument("--quick", action="store_true", help="about 1 s of timing per case, 3 rounds")
+    parser.add_argument("--rounds", type=int, help="how often the providers take turns (7)")
+    parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="%(default)s")
+    parser.add_argument("--readme", action="store_true", help="rewrite this device's tables in README.md")
+    parser.add_argument("--commit", help="what was measured, where the folder is no git checkout")
+    parser.add_argument("--list", action="store_true", help="print the cases and measure nothing")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch.cuda.is_available() is False")
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds: need at least 1, got {options.rounds}")
+    try:
+        options.cases = select(options.op, options.case)
+    except ValueError as error:
+        parser.error(str(error))
+    if not options.cases:
+        parser.error(f"--case: no case holds {options.case!r}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.list:
+        for case in options.cases:
+            print(f"{case.family}: {case.name} ({case.dtype_name}, {case.layout}); {case.source}")
+        return 0
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # of the compiler's own code
+    if os.getloadavg()[0] > 0.5:
+        print(
+            f"load average {os.getloadavg()[0]:.1f}: other programs will disturb the times", file=sys.stderr
+        )
+    device = torch.device(options.device)
+    ceilings = Ceilings(device)
+    facts = report.machine(device, ceilings, options.commit)
+    seconds, rounds = (1.0, 3) if options.quick else (5.0, 7)
+    rows = []
+    with tqdm(options.cases, unit="case", disable=None) as progress:
+        for case in progress:
+            progress.set_postfix_str(case.name)
+            found = measure(
+                case,
+                device,
+                ceilings,
+                seconds=seconds,
+                rounds=options.rounds or rounds,
+                only=options.provider,
+            )
+            rows += [facts | row for row in found]
+    folder = options.out / report.slug(facts["device"])
+    suite = [(c.family, c.name, c.dtype_name, c.layout) for c in select()]
+    written = report.write(rows, folder, suite)
+    texts = {}
+    for path in list(written):
+        stored = report.read(path)
+        texts[path.stem] = report.summary(stored)
+        written += plots.draw(stored, folder, path.stem)
+    for text in texts.values():
+        print(f"\n{text}")
+    failed = [row for row in rows if row["status"] != "ok" or row.get("note")]
+    for row in failed:
+        print(f"{row['status']}: {report.label(row)}, {row['provider']}: {row['note']}")
+    print("\nwritten:", *(report.relative(path) for path in written))
+    if options.readme:
+        _readme(folder, options.device)
+    return int(any(row["status"] == "wrong" for row in failed))
+
+
+def _readme(folder: Path, device: str) -> None:
+    texts = [
+        f"### {path.stem}\n\n{report.summary(report.read(path))}" for path in sorted(folder.glob("*.csv"))
+    ]
+    report.update_readme(ROOT.parent / "README.md", f"benchmarks:{device}", "\n\n".join(texts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,392 @@
+// Op gram on the CPU: from the small matrices of a group to distances, and from gradients of those to what multiplies the
+// tiles. Formulas: METHODS 1.1 to 1.3 as written in kdfast/reference/gram.py; plan and threads: gram_problem.h.
+
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/gram_ops.h"
+#include "cpu/gram_problem.h"
+
+namespace kd {
+namespace {
+
+// What a loss term is given and asked for: gradients of products (xy, xx, yy) and distance.
+struct TermGradient {
+  double xy, xx, yy, distance;
+};
+
+template <class A>
+double norm_sq(const A* m, int64_t rows, int64_t columns, int64_t ld) {
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    double row = 0;
+    for (int64_t j = 0; j < columns; ++j) row += static_cast<double>(m[i * ld + j]) * static_cast<double>(m[i * ld + j]);
+    total += row;
+  }
+  return total;
+}
+
+// Products and distance from squared norms: the side that is not N x N.
+struct NormTerm {
+  double xy, xx, yy;
+  bool empty() const { return xx == 0 || yy == 0; }
+  double similarity() const { return empty() ? 0 : xy / (std::sqrt(xx) * std::sqrt(yy)); }
+  double distance(Compare compare, double n) const {
+    if (compare == Compare::difference) return std::max(0.0, (xx + yy - 2 * xy) / (n * n));
+    return empty() ? 1.0 : std::max(0.0, 1 - similarity());
+  }
+  // Factors of M Y, K X (for dX) and M^T X, L Y (for dY).
+  struct Factors {
+    double cross, own_x, own_y;
+  };
+  Factors gradient(Compare compare, double n, const TermGradient& g) const {
+    Factors f{2 * g.xy, 4 * g.xx, 4 * g.yy};
+    if (compare == Compare::difference) {
+      f.cross -= 4 * g.distance / (n * n), f.own_x += 4 * g.distance / (n * n), f.own_y += 4 * g.distance / (n * n);
+    } else if (!empty()) {
+      const double scale = 2 * g.distance / (std::sqrt(xx) * std::sqrt(yy));
+      f.cross -= scale, f.own_x += scale * xy / xx, f.own_y += scale * xy / yy;
+    }
+    return f;
+  }
+};
+
+// The matrices of one group after centring both ways, from those of the doubly centred tiles with their column means as
+// last row: intra Grams get the row means back, inter ones the column means (both rank-one updates).
+template <class A>
+class PairTerms {
+ public:
+  PairTerms(const GramProblem<A>& p, int64_t g, A* matrices)
+      : n_(p.view(0).rows), ld_(p.padded(0)), k_(n_ * ld_), l_(n_ * ld_), m_(n_ * ld_), kr_(n_ * ld_), lr_(n_ * ld_) {
+    const A* means[2];
+    std::vector<A> centred[2];
+    for (int s : {0, 1}) {
+      means[s] = nullptr;
+      if (!p.extended()) continue;
+      double mean = 0;
+      for (int64_t i = 0; i < n_; ++i) mean += p.row_mean(s, g)[i] / static_cast<double>(n_);
+      for (int64_t i = 0; i < n_; ++i) centred[s].push_back(static_cast<A>(p.row_mean(s, g)[i] - mean));
+      means[s] = centred[s].data();
+    }
+    update(p.xx(matrices), means[0], p.view(0).features, k_.get(), kr_.get());
+    update(p.yy(matrices), means[1], p.view(1).features, l_.get(), lr_.get());
+    const A* xy = p.xy(matrices);
+    for (int64_t i = 0; i < n_; ++i) {
+      for (int64_t j = 0; j < n_; ++j) {
+        A v = xy[i * ld_ + j];
+        if (p.extended()) v += xy[i * ld_ + n_] + xy[n_ * ld_ + j] + xy[n_ * ld_ + n_];
+        m_.get()[i * ld_ + j] = v;
+      }
+    }
+    row_means_[0] = std::move(centred[0]), row_means_[1] = std::move(centred[1]);
+    inter = {norm_sq(m_.get(), n_, n_, ld_), norm_sq(kr_.get(), n_, n_, ld_), norm_sq(lr_.get(), n_, n_, ld_)};
+  }
+
+  A* k() const { return k_.get(); }
+  A* l() const { return l_.get(); }
+  const A* m() const { return m_.get(); }                    // Xr Yr^T
+  const A* kr() const { return kr_.get(); }                  // Xr Xr^T
+  const A* lr() const { return lr_.get(); }
+  const std::vector<A>& row_means(int side) const { return row_means_[side]; }
+
+  NormTerm inter;
+
+ private:
+  void update(const A* gram, const A* row_means, int64_t features, A* intra, A* inter) const {
+    for (int64_t i = 0; i < n_; ++i) {
+      for (int64_t j = 0; j < n_; ++j) {
+        A v = gram[i * ld_ + j], w = v;
+        if (row_means) {
+          v += static_cast<A>(features) * row_means[i] * row_means[j];
+          w += gram[i * ld_ + n_] + gram[n_ * ld_ + j] + gram[n_ * ld_ + n_];
+        }
+        intra[i * ld_ + j] = v;
+        inter[i * ld_ + j] = w;
+      }
+    }
+  }
+
+  int64_t n_, ld_;
+  Buffer<A> k_, l_, m_, kr_, lr_;
+  std::vector<A> row_means_[2];
+};
+
+template <class A>
+CompareArgs<A> arguments(const GramProblem<A>& p, A* k, A* l, const TermGradient& g = {}) {
+  return {p.flags().compare, p.flags().centered, p.view(0).rows, p.padded(0), k, l, g.distance, g.xy, g.xx, g.yy};
+}
+
+template <class A>
+NormTerm feature_term(const GramProblem<A>& p, A* matrices) {
+  const int64_t dx = p.view(0).rows, dy = p.view(1).rows;
+  return {norm_sq(p.xy(matrices), dx, dy, p.padded(1)), norm_sq(p.xx(matrices), dx, dx, p.padded(0)),
+          norm_sq(p.yy(matrices), dy, dy, p.padded(1))};
+}
+
+// products [terms, 3], distance [terms]
+template <class A>
+void forward_group(const GramProblem<A>& p, int64_t g, A* matrices, double* products, double* distance) {
+  const auto set = [&](int term, const NormTerm& t, double n) {
+    products[3 * term] = t.xy, products[3 * term + 1] = t.xx, products[3 * term + 2] = t.yy;
+    distance[term] = t.distance(p.flags().compare, n);
+  };
+  if (p.flags().feature_side) {
+    set(0, feature_term(p, matrices), static_cast<double>(p.view(0).features));
+  } else if (p.flags().inter) {
+    const PairTerms<A> terms(p, g, matrices);
+    distance[0] = p.kernels_table().compare(arguments(p, terms.k(), terms.l()), products);
+    set(1, terms.inter, static_cast<double>(p.view(0).features));
+  } else {
+    distance[0] = p.kernels_table().compare(arguments(p, p.xx(matrices), p.yy(matrices)), products);
+  }
+}
+
+// What write_gradient needs for one group.
+template <class A>
+struct GroupMix {
+  std::unique_ptr<Buffer<A>> own[2], other[2], bias[2];
+  typename GramProblem<A>::Mix get(int side) const {
+    const auto pointer = [](const std::unique_ptr<Buffer<A>>& b) { return b ? b->get() : nullptr; };
+    return {pointer(own[side]), pointer(other[side]), pointer(bias[side])};
+  }
+};
+
+template <class A>
+std::unique_ptr<Buffer<A>> packed(const GramProblem<A>& p, int side, int from, const A* m, int64_t row_stride,
+                                  int64_t column_stride = 1, double scale = 1) {
+  auto buffer = std::make_unique<Buffer<A>>(p.mix_elements(side, from));
+  p.kernels_table().pack_mix(m, row_stride, column_stride, scale, p.view(side).rows, p.rows(from), buffer->get());
+  return buffer;
+}
+
+template <class A>
+GroupMix<A> feature_mix(const GramProblem<A>& p, A* matrices, const TermGradient& g) {
+  const int64_t samples = p.view(0).features, ldx = p.padded(0), ldy = p.padded(1);
+  auto f = feature_term(p, matrices).gradient(p.flags().compare, static_cast<double>(samples), g);
+  if (p.flags().centered && samples <= 2) f = {0, 0, 0};
+  GroupMix<A> mix;
+  mix.own[0] = packed(p, 0, 0, p.xx(matrices), ldx, 1, f.own_x);
+  mix.other[0] = packed(p, 0, 1, p.xy(matrices), ldy, 1, f.cross);
+  mix.own[1] = packed(p, 1, 1, p.yy(matrices), ldy, 1, f.own_y);
+  mix.other[1] = packed(p, 1, 0, p.xy(matrices), 1, ldy, f.cross);
+  return mix;
+}
+
+// Intra: G1 X. Inter: own K Xr + cross M Yr. With the tile's last row, the column means, Xr = Xd + 1 mean^T.
+template <class A>
+GroupMix<A> pair_mix(const GramProblem<A>& p, int64_t group, A* matrices, const TermGradient& intra,
+                     const TermGradient& inter) {
+  const int64_t n = p.view(0).rows, ld = p.padded(0);
+  const PairTerms<A> terms(p, group, matrices);
+  auto f = terms.inter.gradient(p.flags().compare, static_cast<double>(p.view(0).features), inter);
+  if (p.flags().centered && p.view(0).features <= 2) f = {0, 0, 0};
+  Buffer<A> gx(n * ld), gy(n * ld);
+  p.kernels_table().compare_backward(arguments(p, terms.k(), terms.l(), intra), gx.get(), gy.get());
+  GroupMix<A> mix;
+  Buffer<A> own(n * ld), other(n * ld);
+  for (int s : {0, 1}) {
+    const A *g = s ? gy.get() : gx.get(), *gram = s ? terms.lr() : terms.kr(), *m = terms.m();
+    const double factor = s ? f.own_y : f.own_x;
+    if (p.extended()) mix.bias[s] = std::make_unique<Buffer<A>>(n);
+    for (int64_t i = 0; i < n; ++i) {
+      double own_sum = 0, other_sum = 0, bias = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        const double o = factor * static_cast<double>(gram[i * ld + j]);
+        const double t = f.cross * static_cast<double>(s ? m[j * ld + i] : m[i * ld + j]);
+        own.get()[i * ld + j] = static_cast<A>(o + static_cast<double>(g[i * ld + j]));
+        other.get()[i * ld + j] = static_cast<A>(t);
+        own_sum += o, other_sum += t;
+        if (p.extended()) bias += static_cast<double>(g[i * ld + j]) * static_cast<double>(terms.row_means(s)[j]);
+      }
+      if (!p.extended()) continue;
+      own.get()[i * ld + n] = static_cast<A>(own_sum);
+      other.get()[i * ld + n] = static_cast<A>(other_sum);
+      mix.bias[s]->get()[i] = static_cast<A>(bias);
+    }
+    mix.own[s] = packed(p, s, s, own.get(), ld);
+    mix.other[s] = packed(p, s, 1 - s, other.get(), ld);
+  }
+  return mix;
+}
+
+// G X, and where rows were scaled to unit length first, its projection: u_i (Z_i - (x_i . Z_i) x_i) with Z = G Xc.
+template <class A>
+GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const TermGradient& gradient) {
+  const int64_t n = p.view(0).rows, ld = p.padded(0);
+  Buffer<A> gx(n * ld), gy(n * ld), grams(p.flags().cosine ? p.matrix_elements() : 0);
+  if (p.flags().cosine) std::memcpy(grams.get(), matrices, p.matrix_elements() * sizeof(A));
+  p.kernels_table().compare_backward(arguments(p, p.xx(matrices), p.yy(matrices), gradient), gx.get(), gy.get());
+  GroupMix<A> mix;
+  for (int s : {0, 1}) {
+    A* g = s ? gy.get() : gx.get();
+    if (p.flags().cosine) {
+      const A *gram = s ? p.yy(grams.get()) : p.xx(grams.get()), *u = p.row_scale(s, group);
+      for (int64_t i = 0; i < n; ++i) {
+        // x_i . Z_i = sum_j G_ij x_i . xc_j; the uncentred x_i is xc_i plus the mean, which is the tile's last row.
+        double q = 0;
+        for (int64_t j = 0; j < n; ++j) {
+          const double mean_part = p.extended() ? static_cast<double>(gram[j * ld + n]) : 0.0;
+          q += static_cast<double>(g[i * ld + j]) * (static_cast<double>(gram[i * ld + j]) + mean_part);
+        }
+        for (int64_t j = 0; j < n; ++j) g[i * ld + j] *= u[i];
+        g[i * ld + i] -= static_cast<A>(q) * u[i];
+        if (p.extended()) g[i * ld + n] = static_cast<A>(-q) * u[i];
+      }
+    }
+    mix.own[s] = packed(p, s, s, g, ld);
+  }
+  return mix;
+}
+
+// Between saved [G, ...], where the matrices lie without padding, and a group's padded matrices.
+template <class A>
+int64_t for_saved_rows(const GramProblem<A>& p, A* matrices, A* saved, bool load) {
+  int64_t at = 0;
+  const auto copy = [&](A* m, int64_t rows, int64_t columns, int64_t ld) {
+    for (int64_t i = 0; i < rows; ++i, at += columns) {
+      A *row = m + i * ld, *kept = saved + at;
+      std::memcpy(load ? row : kept, load ? kept : row, columns * sizeof(A));
+    }
+  };
+  copy(p.xx(matrices), p.rows(0), p.rows(0), p.padded(0));
+  copy(p.yy(matrices), p.rows(1), p.rows(1), p.padded(1));
+  if (p.cross()) copy(p.xy(matrices), p.rows(0), p.rows(1), p.padded(1));
+  return at;
+}
+
+GramFlags flags_of(const Tensor& x, const Tensor& y, int64_t compare, bool centered, bool cosine, bool inter,
+                   bool feature_side) {
+  KD_CHECK(x.dim() == 6 && y.dim() == 6, "gram: x and y must be views [G, R1, R2, F1, F2, F3], got ", x.dim(), " and ",
+           y.dim(), " axes");
+  for (int a = 0; a < 3; ++a) {
+    KD_CHECK(x.size(a) == y.size(a), "gram: x and y must share groups and rows, axis ", a, " has ", x.size(a), " and ",
+             y.size(a));
+  }
+  for (int a = 3; a < 6 && inter; ++a) {
+    KD_CHECK(x.size(a) == y.size(a), "gram: inter needs equal features, axis ", a, " has ", x.size(a), " and ", y.size(a));
+  }
+  KD_CHECK(0 <= compare && compare <= static_cast<int64_t>(Compare::difference), "gram: unknown comparison ", compare);
+  const auto c = static_cast<Compare>(compare);
+  KD_CHECK(!inter || (c == Compare::cka && !cosine && !feature_side), "gram: inter goes with plain cka only");
+  KD_CHECK(!feature_side || c == Compare::cka || c == Compare::difference, "gram: no feature side for comparison ", compare);
+  KD_CHECK(!(feature_side && cosine && centered), "gram: the feature side of centred unit rows is not implemented");
+  return {c, centered, cosine, inter, feature_side};
+}
+
+Tensor empty(const Tensor& like, std::vector<int64_t> size, bool wide) {
+  return torch::stable::new_empty(like, size, wide ? ScalarType::Double : ScalarType::Float);
+}
+
+template <class A>
+void forward(const Tensor& x, const Tensor& y, const GramFlags& flags, Tensor& products, Tensor& distance, Tensor& saved) {
+  const GramProblem<A> p(x, y, flags);
+  const int64_t groups = p.groups(), terms = flags.inter ? 2 : 1;
+  A *to_products = static_cast<A*>(products.data_ptr()), *to_distance = static_cast<A*>(distance.data_ptr());
+  A* keep = saved.numel() ? static_cast<A*>(saved.data_ptr()) : nullptr;
+  p.for_matrices([&](int64_t g, A* matrices) {
+    if (keep) for_saved_rows(p, matrices, keep + g * saved.size(1), false);
+    double group_products[6], group_distance[2];
+    forward_group(p, g, matrices, group_products, group_distance);
+    for (int64_t t = 0; t < terms; ++t) {
+      to_distance[t * groups + g] = static_cast<A>(group_distance[t]);
+      for (int64_t i = 0; i < 3; ++i) to_products[(t * 3 + i) * groups + g] = static_cast<A>(group_products[3 * t + i]);
+    }
+  });
+}
+
+template <class A>
+void backward(const Tensor& grad_products, const Tensor& grad_distance, const Tensor& x, const Tensor& y,
+              const Tensor& saved, const GramFlags& flags, Tensor* grad_x, Tensor* grad_y) {
+  const GramProblem<A> p(x, y, flags, grad_x, grad_y);
+  const Tensor* gradients[2] = {grad_x, grad_y};
+  const int64_t groups = p.groups();
+  const auto gradient_of = [&](int64_t term, int64_t g) -> TermGradient {
+    const A* gp = static_cast<const A*>(grad_products.const_data_ptr());
+    const A* gd = static_cast<const A*>(grad_distance.const_data_ptr());
+    const auto product = [&](int64_t i) {
+      return gp[term * grad_products.stride(0) + i * grad_products.stride(1) + g * grad_products.stride(2)];
+    };
+    return {product(0), product(1), product(2), gd[term * grad_distance.stride(0) + g * grad_distance.stride(1)]};
+  };
+  const auto mix_of = [&](int64_t g, A* matrices) {
+    if (flags.feature_side) return feature_mix(p, matrices, gradient_of(0, g));
+    if (flags.inter) return pair_mix(p, g, matrices, gradient_of(0, g), gradient_of(1, g));
+    return gram_mix(p, g, matrices, gradient_of(0, g));
+  };
+  const auto write = [&](int side, int64_t g, const GroupMix<A>& mix, int64_t begin, int64_t end) {
+    Buffer<A> scratch(p.gradient_scratch(side));
+    for (int64_t c = begin; c < end; ++c) p.write_gradient(side, g, c, mix.get(side), scratch.get());
+  };
+  const auto for_matrices = [&](const auto& f) {
+    if (!saved.numel()) return p.for_matrices(f);
+    parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      Buffer<A> matrices(p.matrix_elements());
+      for (int64_t g = begin; g < end; ++g) {
+        for_saved_rows(p, matrices.get(), static_cast<A*>(saved.data_ptr()) + g * saved.size(1), true);
+        f(g, matrices.get());
+      }
+    });
+  };
+  if (groups >= kManyGroups) {
+    for_matrices([&](int64_t g, A* matrices) {
+      const GroupMix<A> mix = mix_of(g, matrices);
+      for (int s : {0, 1}) {
+        if (gradients[s]) write(s, g, mix, 0, p.chunks_of(s));
+      }
+    });
+    return;
+  }
+  std::vector<GroupMix<A>> mixes(groups);
+  for_matrices([&](int64_t g, A* matrices) { mixes[g] = mix_of(g, matrices); });
+  for (int s : {0, 1}) {
+    const int64_t chunks = p.chunks_of(s);
+    if (!gradients[s] || !chunks) continue;
+    parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end;) {
+        const int64_t g = task / chunks, last = std::min(end, (g + 1) * chunks);
+        write(s, g, mixes[g], task - g * chunks, last - g * chunks);
+        task = last;
+      }
+    });
+  }
+}
+
+bool is_wide(const Tensor& x, const Tensor& y) {
+  return x.scalar_type() == ScalarType::Double || y.scalar_type() == ScalarType::Double;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, const Tensor& y, int64_t compare, bool centered,
+                                            bool cosine, bool inter, bool feature_side, bool save) {
+  const GramFlags flags = flags_of(x, y, compare, centered, cosine, inter, feature_side);
+  KD_CHECK(!(save && cosine), "gram: save must be False with cosine, whose backward also needs the row norms");
+  const bool wide = is_wide(x, y);
+  const int64_t groups = x.size(0), terms = inter ? 2 : 1, n = x.size(1) * x.size(2) + inter;
+  const int64_t dx = x.size(3) * x.size(4) * x.size(5), dy = y.size(3) * y.size(4) * y.size(5);
+  const int64_t per_group = feature_side ? dx * dx + dy * dy + dx * dy : (inter ? 3 : 2) * n * n;
+  Tensor products = empty(x, {terms, 3, groups}, wide), distance = empty(x, {terms, groups}, wide);
+  Tensor saved = save ? empty(x, {groups, per_group}, wide) : empty(x, {0}, wide);
+  if (wide) {
+    forward<double>(x, y, flags, products, distance, saved);
+  } else {
+    forward<float>(x, y, flags, products, distance, saved);
+  }
+  return {products, distance, saved};
+}
+
+std::tuple<Tensor, Tensor> gram_backward_cpu(const Tensor& grad_products, const Tensor& grad_distance, const Tensor& x,
+                                             const Tensor& y, const Tensor& saved, int64_t compare, bool centered,
+                                             bool cosine, bool inter, bool feature_side, bool need_x, bool need_y) {
+  const GramFlags flags = flags_of(x, y, compare, centered, cosine, inter, feature_side);
+  Tensor grad_x = need_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor grad_y = need_y ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
+  Tensor *to_x = need_x ? &grad_x : nullptr, *to_y = need_y ? &grad_y : nullptr;
+  if (is_wide(x, y)) {
+    backward<double>(grad_products, grad_distance, x, y, saved, flags, to_x, to_y);
+  } else {
+    backward<float>(grad_products, grad_distance, x, y, saved, flags, to_x, to_y);
+  }
+  return {grad_x, grad_y};
+}
+
+}  // namespace kd

@@ -1,0 +1,74 @@
+#pragma once
+
+// What gram.cpp (plan, threads) and gram.simd.cpp (arithmetic, once per instruction set) share. Plain data only: an
+// inline function here would be compiled with AVX flags and could be linked into the baseline code.
+
+#include <cstdint>
+
+namespace kd {
+
+enum class Dtype : int { f32, f64, f16, bf16 };
+enum class Compare : int { cka, cka_row, unbiased, row_cosine, mean, difference };
+
+// One group axis, rows and features of a strided tensor; offsets are in elements.
+// Feature d lies at outer[d / inner] + (d % inner) * inner_stride.
+struct GramView {
+  void* data;
+  Dtype dtype;
+  int64_t group_stride;
+  int64_t rows, features;
+  const int64_t* row_offset;  // [rows]
+  const int64_t* outer;       // [features / inner]
+  int64_t inner, inner_stride;
+};
+
+// How a packed tile of `rows` x `columns` relates to the view's values.
+template <class A>
+struct TileTransform {
+  const A* row_scale;  // [rows] or null: first, times
+  const A* row_ref;    // [rows] or null: then minus a reference value of the row ...
+  const A* row_mean;   // ... and minus the mean of what is left
+  A* column_scale;     // [columns] or null: out, 1 / |column|; the tile is scaled by it
+  bool center;         // then minus each column's mean over the rows
+  bool extend;         // append the column means as row `rows`
+};
+
+// Small matrices of one group, row-major with leading dimension `ld`.
+template <class A>
+struct CompareArgs {
+  Compare compare;
+  bool centered;
+  int64_t n, ld;
+  A* k;              // [n, ld], transformed in place
+  A* l;              // [n, ld]
+  double gradient;   // of the distance
+  double gxy, gxx, gyy;  // of the products
+};
+
+template <class A>
+struct GramKernels {
+  // Tiles have leading dimension `ld` and `width` columns that are worked on, both multiples of `lanes`. Columns from
+  // `count` to `width` and rows beyond the view are written as zeros.
+  void (*pack)(const GramView&, int64_t group, int64_t first, int64_t count, const TileTransform<A>&, A* tile, int64_t ld,
+               int64_t width, int64_t padded_rows);
+  void (*unpack)(const GramView&, int64_t group, int64_t first, int64_t count, const A* tile, int64_t ld);
+  // Adds over the tile's columns: row sums of (x - ref) and of squares, per row.
+  void (*row_sums)(const A* tile, int64_t ld, int64_t count, int64_t rows, const A* ref, double* sum, double* sum_sq);
+  // out[j, i] += <a_j, b_i>; symmetric: a == b, only i >= j is valid. part of parts: an equal share of the rows of out.
+  void (*products)(const A* a, int64_t a_rows, int64_t ld_a, const A* b, int64_t b_rows, int64_t ld_b, int64_t width,
+                   bool symmetric, int64_t part, int64_t parts, A* out, int64_t ld_out);
+  // Repacks scale * m [rows, columns] for mix.
+  void (*pack_mix)(const A* m, int64_t row_stride, int64_t column_stride, double scale, int64_t rows, int64_t columns,
+                   A* packed);
+  // out [rows, width] (+)= packed m [rows, columns] times tile [columns, width].
+  void (*mix)(const A* packed, int64_t rows, int64_t columns, const A* tile, int64_t ld, int64_t width, bool add, A* out);
+  // out = (out - tile * column dot(out, tile)) * column_scale: the adjoint of scaling columns to unit length.
+  void (*project_columns)(A* out, const A* tile, int64_t ld, int64_t width, int64_t rows, const A* column_scale);
+  // Comparison of two Grams: products[3] and the distance.
+  double (*compare)(const CompareArgs<A>&, double* products);
+  // Symmetric matrices gx, gy [n, ld] such that dX = gx X, dY = gy Y (centred X, Y); k and l as compare takes them.
+  void (*compare_backward)(const CompareArgs<A>&, A* gx, A* gy);
+  int64_t lanes, product_rows, mix_rows;  // paddings: columns of a tile, its rows, rows of a packed mix
+};
+
+}  // namespace kd

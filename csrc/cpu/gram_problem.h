@@ -1,0 +1,314 @@
+#pragma once
+
+// Plan and threads of the gram op on the CPU. The arithmetic is in gram.simd.cpp.
+//
+// A group's features are cut into chunks whose tile [rows, chunk] stays in the L2 cache. Many groups: one task per group.
+// Few groups: the chunks are shared out over a fixed number of splits (independent of the number of threads), whose
+// partial matrices are added in order.
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#include "common/check.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "cpu/gram.h"
+#include "cpu/gram_views.h"
+
+namespace kd {
+
+struct GramFlags {
+  Compare compare;
+  bool centered, cosine, inter, feature_side;
+};
+
+KD_DECLARE_ISA(extern const GramKernels<float> gram_float; extern const GramKernels<double> gram_double;)
+
+using torch::stable::Tensor;
+
+template <class A>
+const GramKernels<A>& gram_kernels() {
+  if constexpr (std::is_same_v<A, float>) {
+    return KD_DISPATCH_ISA(gram_float);
+  } else {
+    return KD_DISPATCH_ISA(gram_double);
+  }
+}
+
+constexpr int64_t kTileBytes = 200 * 1024;  // of one tile: two of them fit an L2 cache of 512 KB
+constexpr int64_t kManyGroups = 8;          // from here on one task per group
+constexpr int64_t kTasks = 8;               // wanted where there are fewer groups
+constexpr int64_t kSplits = 16;             // of the features of a group, at the most
+constexpr int64_t kPartialBytes = 2 << 20;  // of partial matrices, or 1/32 of the inputs
+
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
+
+// Uninitialised, 64-byte aligned.
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<A*>(std::aligned_alloc(64, round_up(count * static_cast<int64_t>(sizeof(A)) + 1, 64)))) {
+    KD_CHECK(data_ != nullptr, "gram: out of memory for a workspace of ", count, " elements");
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  A* get() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+// Two views side by side, and the small matrices XX, YY (and XY) of their rows.
+template <class A>
+class GramProblem {
+ public:
+  // gradients: the tensors that receive them, or null.
+  GramProblem(const Tensor& x, const Tensor& y, const GramFlags& flags, const Tensor* grad_x = nullptr,
+          const Tensor* grad_y = nullptr)
+      : k_(gram_kernels<A>()),
+        flags_(flags),
+        cross_(flags.inter || flags.feature_side),
+        extend_(!flags.feature_side && flags.centered && (flags.inter || flags.cosine)),
+        groups_(x.size(0)) {
+    const Tensor* inputs[2] = {&x, &y};
+    const Tensor* gradients[2] = {grad_x, grad_y};
+    if (cross_) {
+      std::vector<const Tensor*> all{&x, &y};
+      for (const Tensor* g : gradients) {
+        if (g) all.push_back(g);
+      }
+      auto views = make_views(all, flags.feature_side);
+      for (int s : {0, 1}) views_[s] = std::move(views[s]);
+      for (int s = 0, next = 2; s < 2; ++s) {
+        if (gradients[s]) gradient_views_[s] = std::move(views[next++]);
+      }
+    } else {
+      for (int s : {0, 1}) {
+        std::vector<const Tensor*> all{inputs[s]};
+        if (gradients[s]) all.push_back(gradients[s]);
+        auto views = make_views(all, false);
+        views_[s] = std::move(views[0]);
+        if (gradients[s]) gradient_views_[s] = std::move(views[1]);
+      }
+    }
+    for (int s : {0, 1}) {
+      rows_[s] = view(s).rows + extend_;
+      padded_[s] = round_up(rows_[s], k_.product_rows);
+      chunk_[s] = chunk_size(padded_[s], view(s).features);
+    }
+    if (cross_) chunk_[0] = chunk_[1] = std::min(chunk_[0], chunk_[1]);
+    for (int s : {0, 1}) ld_[s] = tile_ld(chunk_[s]);
+    offset_[1] = padded_[0] * padded_[0];
+    offset_[2] = offset_[1] + padded_[1] * padded_[1];
+    elements_ = offset_[2] + (cross_ ? padded_[0] * padded_[1] : 0);
+    measure_rows();
+  }
+
+  const GramKernels<A>& kernels_table() const { return k_; }
+  const GramFlags& flags() const { return flags_; }
+  int64_t groups() const { return groups_; }
+  const GramView& view(int side) const { return views_[side]->view; }
+  bool extended() const { return extend_; }
+  bool cross() const { return cross_; }
+  int64_t rows(int side) const { return rows_[side]; }      // of a tile: the view's, and one of column means
+  int64_t padded(int side) const { return padded_[side]; }  // leading dimension of the matrices
+  int64_t matrix_elements() const { return elements_; }
+  A* xx(A* matrices) const { return matrices; }
+  A* yy(A* matrices) const { return matrices + offset_[1]; }
+  A* xy(A* matrices) const { return matrices + offset_[2]; }  // [x rows, y rows], leading dimension padded(1)
+  const A* row_scale(int side, int64_t g) const { return scale_[side].data() + g * view(side).rows; }
+  const double* row_mean(int side, int64_t g) const { return total_mean_[side].data() + g * view(side).rows; }
+
+  // Calls f(group, matrices) with the complete matrices of every group, in parallel over groups.
+  template <class F>
+  void for_matrices(const F& f) const {
+    if (groups_ >= kManyGroups) {
+      parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
+        Buffer<A> matrices(elements_), tiles(tile_elements(0) + tile_elements(1));
+        for (int64_t g = begin; g < end; ++g) {
+          std::memset(matrices.get(), 0, elements_ * sizeof(A));
+          accumulate(g, 0, 1, 0, 1, tiles.get(), matrices.get());
+          mirror(matrices.get());
+          f(g, matrices.get());
+        }
+      });
+      return;
+    }
+    const int64_t input = groups_ * (view(0).rows * view(0).features + view(1).rows * view(1).features) * sizeof(A);
+    const int64_t allowed = std::max<int64_t>(kPartialBytes, input / 32) / std::max<int64_t>(elements_ * groups_ * sizeof(A), 1);
+    const int64_t chunks = std::max<int64_t>(1, std::max(chunks_of(0), chunks_of(1)));
+    const int64_t splits = std::clamp<int64_t>(allowed, 1, std::min(kSplits, chunks));
+    const int64_t parts = ceil_div(kTasks, std::max<int64_t>(groups_ * splits, 1));
+    Buffer<A> partial(elements_ * groups_ * splits);
+    std::memset(partial.get(), 0, elements_ * groups_ * splits * sizeof(A));
+    parallel_for(0, groups_ * splits * parts, 1, [&](int64_t begin, int64_t end) {
+      Buffer<A> tiles(tile_elements(0) + tile_elements(1));
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t part = task % parts, split = task / parts % splits, g = task / parts / splits;
+        accumulate(g, split, splits, part, parts, tiles.get(), partial.get() + (g * splits + split) * elements_);
+      }
+    });
+    for (int64_t g = 0; g < groups_; ++g) {
+      A* sum = partial.get() + g * splits * elements_;
+      parallel_for(0, splits > 1 ? elements_ : 0, 16384, [&](int64_t begin, int64_t end) {
+        for (int64_t s = 1; s < splits; ++s) {
+          const A* from = sum + s * elements_;
+          for (int64_t i = begin; i < end; ++i) sum[i] += from[i];
+        }
+      });
+      mirror(sum);
+      f(g, sum);
+    }
+  }
+
+  // A gradient of one side: rows = own * its tile + other * the other side's tile + bias.
+  struct Mix {
+    A* own;    // packed [view rows, rows(side)]
+    A* other;  // packed [view rows, rows(1 - side)] or null
+    A* bias;   // [view rows] or null
+  };
+  int64_t mix_elements(int side, int from) const { return round_up(view(side).rows, k_.mix_rows) * rows_[from]; }
+  int64_t chunks_of(int side) const { return ceil_div(view(side).features, chunk_[side]); }
+  int64_t gradient_scratch(int side) const { return tile_elements(0) + tile_elements(1) + padded_[side] * ld_[side]; }
+
+  void write_gradient(int side, int64_t g, int64_t chunk, const Mix& m, A* scratch) const {
+    A *mine = scratch, *theirs = mine + tile_elements(side), *out = theirs + tile_elements(1 - side);
+    const int64_t first = chunk * chunk_[side], count = std::min(chunk_[side], view(side).features - first);
+    const int64_t n = view(side).rows, width = round_up(count, k_.lanes);
+    pack(side, g, first, count, mine);
+    k_.mix(m.own, n, rows_[side], mine, ld_[side], width, false, out);
+    if (m.other) {
+      pack(1 - side, g, first, count, theirs);
+      k_.mix(m.other, n, rows_[1 - side], theirs, ld_[side], width, true, out);
+    }
+    if (m.bias) {
+      for (int64_t r = 0; r < n; ++r) {
+        for (int64_t c = 0; c < count; ++c) out[r * ld_[side] + c] += m.bias[r];
+      }
+    }
+    if (scales_columns()) k_.project_columns(out, mine, ld_[side], width, n, column_scale(side, mine));
+    k_.unpack(gradient_views_[side]->view, g, first, count, out, ld_[side]);
+  }
+
+ private:
+  bool scales_columns() const { return flags_.feature_side && flags_.cosine; }
+  bool centers_rows() const { return flags_.centered && cross_; }
+  int64_t tile_elements(int side) const { return padded_[side] * ld_[side] + ld_[side]; }
+  A* column_scale(int side, A* tile) const { return tile + padded_[side] * ld_[side]; }
+
+  int64_t chunk_size(int64_t padded_rows, int64_t features) const {
+    const int64_t fit = kTileBytes / (padded_rows * static_cast<int64_t>(sizeof(A)));
+    const int64_t chunk = round_up(std::clamp<int64_t>(fit, 64, 512) - k_.lanes + 1, k_.lanes);
+    return std::min(chunk, round_up(std::max<int64_t>(features, 1), k_.lanes));
+  }
+  // An odd number of cache lines spreads the rows of a tile over the sets of the L1 cache.
+  int64_t tile_ld(int64_t columns) const {
+    const int64_t line = 64 / static_cast<int64_t>(sizeof(A)), lines = ceil_div(columns, line);
+    return lines < 8 ? round_up(columns, k_.lanes) : (lines | 1) * line;
+  }
+
+  void pack(int side, int64_t g, int64_t first, int64_t count, A* tile) const {
+    const int64_t at = g * view(side).rows;
+    TileTransform<A> t{};
+    if (flags_.cosine && !flags_.feature_side) t.row_scale = scale_[side].data() + at;
+    if (centers_rows()) t.row_ref = ref_[side].data() + at, t.row_mean = mean_[side].data() + at;
+    if (scales_columns()) t.column_scale = column_scale(side, tile);
+    t.center = flags_.centered && !flags_.feature_side;
+    t.extend = extend_;
+    k_.pack(view(side), g, first, count, t, tile, ld_[side], round_up(count, k_.lanes), padded_[side]);
+  }
+
+  void accumulate(int64_t g, int64_t split, int64_t splits, int64_t part, int64_t parts, A* tiles, A* matrices) const {
+    A* tile[2] = {tiles, tiles + tile_elements(0)};
+    const auto product = [&](int a, int b, int64_t width, A* out) {
+      k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, a == b, part, parts, out, padded_[b]);
+    };
+    for (int s : {0, 1}) {
+      if (cross_ && s == 1) break;  // both sides go together
+      const int64_t chunks = chunks_of(s);
+      for (int64_t c = chunks * split / splits; c < chunks * (split + 1) / splits; ++c) {
+        const int64_t first = c * chunk_[s], count = std::min(chunk_[s], view(s).features - first);
+        const int64_t width = round_up(count, k_.lanes);
+        pack(s, g, first, count, tile[s]);
+        product(s, s, width, matrices + (s ? offset_[1] : 0));
+        if (!cross_) continue;
+        pack(1, g, first, count, tile[1]);
+        product(1, 1, width, yy(matrices));
+        product(0, 1, width, xy(matrices));
+      }
+    }
+  }
+
+  // XX and YY hold only their upper triangles so far.
+  void mirror(A* matrices) const {
+    for (int s : {0, 1}) {
+      A* m = s ? yy(matrices) : matrices;
+      for (int64_t j = 0; j < rows_[s]; ++j) {
+        for (int64_t i = j + 1; i < rows_[s]; ++i) m[i * padded_[s] + j] = m[j * padded_[s] + i];
+      }
+    }
+  }
+
+  // One pass over the inputs where tiles need to know whole rows: their means, or their norms.
+  void measure_rows() {
+    const bool norms = flags_.cosine && !flags_.feature_side;
+    if (!norms && !centers_rows()) return;
+    for (int s : {0, 1}) {
+      const GramView& v = view(s);
+      const int64_t n = v.rows, total = groups_ * n;
+      ref_[s].assign(total, A(0)), mean_[s].assign(total, A(0)), total_mean_[s].assign(total, 0.0);
+      scale_[s].assign(total, A(1));
+      if (v.features == 0 || total == 0) continue;
+      const int64_t chunks = chunks_of(s), splits = std::min<int64_t>(chunks, groups_ >= kManyGroups ? 1 : kTasks);
+      std::vector<double> sums(2 * splits * total, 0.0);
+      parallel_for(0, groups_ * splits, 1, [&](int64_t begin, int64_t end) {
+        Buffer<A> tile(tile_elements(s)), first_column(n * k_.lanes);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t g = task / splits, split = task % splits;
+          std::vector<A> ref(n, A(0));
+          if (centers_rows()) {
+            k_.pack(v, g, 0, 1, TileTransform<A>{}, first_column.get(), k_.lanes, k_.lanes, n);
+            for (int64_t r = 0; r < n; ++r) ref[r] = first_column.get()[r * k_.lanes];
+          }
+          if (split == 0) std::copy(ref.begin(), ref.end(), ref_[s].begin() + g * n);
+          double* sum = sums.data() + 2 * task * n;
+          for (int64_t c = chunks * split / splits; c < chunks * (split + 1) / splits; ++c) {
+            const int64_t first = c * chunk_[s], count = std::min(chunk_[s], v.features - first);
+            k_.pack(v, g, first, count, TileTransform<A>{}, tile.get(), ld_[s], round_up(count, k_.lanes), n);
+            k_.row_sums(tile.get(), ld_[s], count, n, ref.data(), sum, sum + n);
+          }
+        }
+      });
+      for (int64_t i = 0; i < total; ++i) {
+        const int64_t g = i / n, r = i % n;
+        double sum = 0, sum_sq = 0;
+        for (int64_t split = 0; split < splits; ++split) {
+          sum += sums[2 * (g * splits + split) * n + r];
+          sum_sq += sums[(2 * (g * splits + split) + 1) * n + r];
+        }
+        const double mean = sum / static_cast<double>(v.features);
+        mean_[s][i] = static_cast<A>(mean);
+        total_mean_[s][i] = mean + ref_[s][i];
+        if (norms) scale_[s][i] = sum_sq > 0 ? static_cast<A>(1 / std::sqrt(sum_sq)) : A(0);
+      }
+    }
+  }
+
+  const GramKernels<A>& k_;
+  GramFlags flags_;
+  bool cross_, extend_;
+  int64_t groups_;
+  std::unique_ptr<OwnedView> views_[2], gradient_views_[2];
+  int64_t rows_[2], padded_[2], chunk_[2], ld_[2], offset_[3] = {}, elements_;
+  std::vector<A> scale_[2], ref_[2], mean_[2];
+  std::vector<double> total_mean_[2];
+};
+
+}  // namespace kd

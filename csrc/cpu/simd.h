@@ -1,0 +1,169 @@
+#pragma once
+
+// Vectors, loads and conversions for *.simd.cpp. Everything lives in namespace kd::KD_ISA and in an unnamed namespace
+// inside it, so that no function compiled for one instruction set can be linked into another's code.
+
+#include <cstdint>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace kd::KD_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+
+template <class A>
+inline Vec<A> load_vec(const A* from) {
+  Vec<A> v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class A>
+inline void store_vec(A* to, const Vec<A>& v) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+// to[i] += sum of the lanes of v[i], for four vectors at once: a tree of shuffles, three additions deep per halving.
+template <class A>
+inline void add_sums4(const Vec<A>* v, A* to) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) {
+    __m256 q[4];
+    for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+      const __m512 z = (__m512)v[i];
+      q[i] = _mm256_add_ps(_mm512_castps512_ps256(z), _mm512_extractf32x8_ps(z, 1));
+#else
+      q[i] = (__m256)v[i];
+#endif
+    }
+    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(q[0], q[1]), _mm256_hadd_ps(q[2], q[3]));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four));
+    return;
+  }
+#endif
+  for (int i = 0; i < 4; ++i) {
+    A sum = 0;
+    for (int lane = 0; lane < kLanes<A>; ++lane) sum += v[i][lane];
+    to[i] += sum;
+  }
+}
+
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+inline double square_root(double x) { return __builtin_sqrt(x); }
+
+// Storage of the half formats; torch's own types convert by functions shared between instruction sets.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float as_float(uint32_t bits) {
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t as_bits(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  return bits;
+}
+
+inline float load(const float* p) { return *p; }
+inline double load(const double* p) { return *p; }
+inline float load(const BFloat16* p) { return as_float(static_cast<uint32_t>(p->bits) << 16); }
+inline float load(const Half* p) {
+#if defined(__F16C__)
+  return _cvtsh_ss(p->bits);
+#else
+  // Shift the exponent into place, then let a multiplication by 2^112 rescale normal and subnormal numbers alike.
+  const uint32_t magnitude = p->bits & 0x7fffu, sign = static_cast<uint32_t>(p->bits & 0x8000u) << 16;
+  const float scaled = as_float(magnitude << 13) * as_float(0x77800000u);
+  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;  // inf and nan keep their exponent
+  return as_float(as_bits(scaled) | special | sign);
+#endif
+}
+
+inline void store(float* p, double v) { *p = static_cast<float>(v); }
+inline void store(float* p, float v) { *p = v; }
+inline void store(double* p, double v) { *p = v; }
+inline void store(double* p, float v) { *p = v; }
+inline void store(BFloat16* p, float v) {
+  const uint32_t bits = as_bits(v);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  p->bits = static_cast<uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline void store(Half* p, float v) {
+#if defined(__F16C__)
+  p->bits = static_cast<uint16_t>(_cvtss_sh(v, 0));
+#else
+  const uint32_t bits = as_bits(v), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    half = 0x7c00u;
+  } else if (magnitude >= 0x38800000u) {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  } else {  // subnormal: adding 0.5 leaves the rounded value in the low bits
+    half = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
+  }
+  p->bits = static_cast<uint16_t>(half | sign);
+#endif
+}
+inline void store(BFloat16* p, double v) { store(p, static_cast<float>(v)); }
+inline void store(Half* p, double v) { store(p, static_cast<float>(v)); }
+
+template <class T, class U>
+inline void convert(const T* __restrict from, U* __restrict to, int64_t count) {
+  int64_t i = 0;
+#if defined(__F16C__) && defined(__AVX2__)
+  if constexpr (sizeof(T) == 2 && sizeof(U) == 4) {
+    for (; i + 8 <= count; i += 8) {
+      const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+      if constexpr (__is_same(T, Half)) {
+        _mm256_storeu_ps(reinterpret_cast<float*>(to + i), _mm256_cvtph_ps(h));
+      } else {
+        const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), wide);
+      }
+    }
+  } else if constexpr (sizeof(T) == 4 && __is_same(U, Half)) {
+    for (; i + 8 <= count; i += 8) {
+      const __m256 f = _mm256_loadu_ps(reinterpret_cast<const float*>(from + i));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(f, 0));
+    }
+  }
+#endif
+  for (; i < count; ++i) store(to + i, load(from + i));
+}
+
+}  // namespace
+}  // namespace kd::KD_ISA

@@ -1,0 +1,73 @@
+"""What Triton launches need here: views passed by stride, the precision of products, the device's context."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class View(NamedTuple):
+    """Matrices inside a tensor, read or written in place: a group axis, three row axes, three column axes.
+
+    Row r is (r // (r2 r3), r // r3 % r2, r % r3), likewise for columns. Strides count elements and may be 0.
+    """
+
+    data: Tensor
+    group: int
+    r2: int
+    r3: int
+    row1: int
+    row2: int
+    row3: int
+    c2: int
+    c3: int
+    col1: int
+    col2: int
+    col3: int
+
+    @property
+    def flat(self) -> bool:
+        """Whether columns lie along one stride, so that they need no division."""
+        return self.col1 == 0 and self.col2 == 0
+
+    @property
+    def T(self) -> View:
+        rows, cols = self[2:7], self[7:12]
+        return View(self.data, self.group, *cols, *rows)
+
+
+def view(v: Tensor) -> View:
+    """[G, R1, R2, F1, F2, F3] as G matrices [R1*R2, F1*F2*F3]; axes that lie along one stride are joined."""
+    return View(v, v.stride(0), *_joined(v, 1, 3), *_joined(v, 3, 6))
+
+
+def _joined(v: Tensor, first: int, last: int) -> tuple[int, int, int, int, int]:
+    axes: list[tuple[int, int]] = []  # (size, stride), outermost first
+    for size, stride in zip(v.shape[first:last], v.stride()[first:last], strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            axes[-1] = (axes[-1][0] * size, stride)
+        else:
+            axes.append((size, stride))
+    axes = [(1, 0)] * (3 - len(axes)) + axes
+    return axes[1][0], axes[2][0], axes[0][1], axes[1][1], axes[2][1]
+
+
+def precision(*dtypes: torch.dtype) -> str:
+    """``input_precision`` of a product of float32 tiles that were loaded as ``dtypes``.
+
+    Follows ``torch.get_float32_matmul_precision()`` where a float32 tensor takes part. What is loaded as
+    float16 or bfloat16 carries at most the 11 significant bits of TF32, and its gradient is stored in as few:
+    those use TF32.
+    """
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if torch.float64 in dtypes or (torch.float32 in dtypes and exact) else "tf32"
+
+
+def on_device(v: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(v.device) if v.is_cuda else nullcontext()

@@ -1,0 +1,74 @@
+"""What every family's losses share: levels, weights and argument checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+Levels = Tensor | Sequence[Tensor]
+
+
+class Loss(nn.Module):
+    """A distillation loss: ``forward(student, teacher)`` returns a float32 scalar >= 0, times ``weight``."""
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def extra_repr(self) -> str:
+        settings = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
+        return ", ".join(f"{k}={v!r}" for k, v in settings.items())
+
+
+def describe(x: object) -> str:
+    """What came, for error messages: shape, dtype and device of a tensor, the type of anything else."""
+    if isinstance(x, Tensor):
+        return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+    return type(x).__name__
+
+
+def check_float(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: need a tensor, got {describe(x)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: need a floating point tensor, got {describe(x)}")
+
+
+def check_pair(student: Tensor, teacher: Tensor, min_dim: int = 2) -> None:
+    """Float tensors of at least ``min_dim`` axes on one device, with equally many samples (rows)."""
+    check_float("student", student)
+    check_float("teacher", teacher)
+    both = f"student {describe(student)}, teacher {describe(teacher)}"
+    if student.device != teacher.device:
+        raise ValueError(f"student and teacher must be on one device, got {both}")
+    if student.dim() < min_dim or teacher.dim() < min_dim:
+        raise ValueError(f"student and teacher need at least {min_dim} axes, got {both}")
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(f"student and teacher must have equally many samples (axis 0), got {both}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, need one of {tuple(choices)}")
+
+
+def levels(student: Levels, teacher: Levels) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of maps, one per level; a single tensor is one level."""
+    if isinstance(student, Tensor) != isinstance(teacher, Tensor):
+        raise TypeError(
+            f"student and teacher must both be tensors or both be sequences of tensors, "
+            f"got student {describe(student)}, teacher {describe(teacher)}"
+        )
+    if isinstance(student, Tensor):
+        return [(student, teacher)]
+    if len(student) != len(teacher) or not len(student):
+        raise ValueError(
+            f"student and teacher need equally many levels, at least one: got {len(student)} and {len(teacher)}"
+        )
+    return list(zip(student, teacher, strict=True))
+
+
+def total(terms: list[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()

@@ -1,0 +1,185 @@
+"""Op ``gram``: comparisons of batched strided (centred) Grams. Formulas and views: :mod:`kdfast.reference.gram`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..reference import gram as reference
+from ..reference.gram import COMPARISONS
+from ._define import define
+
+# Saved Grams may take this share of the inputs, or this many elements; above both the backward computes them again.
+SAVED_SHARE = 0.1
+SAVED_ELEMENTS = 1 << 18
+
+
+def workspace_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
+    """Elements per group of the matrices that a backward needs (XX, YY and, where used, XY)."""
+    n, dx, dy = _rows(x), _features(x), _features(y)
+    if feature_side:
+        return dx * dx + dy * dy + dx * dy
+    return (3 if inter else 2) * (n + inter) ** 2
+
+
+def _rows(v: Tensor) -> int:
+    return v.shape[1] * v.shape[2]
+
+
+def _features(v: Tensor) -> int:
+    return v.shape[3] * v.shape[4] * v.shape[5]
+
+
+def _accumulator(x: Tensor, y: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+
+
+def _fake(x, y, compare, centered, cosine, inter, feature_side, save):
+    groups, terms, dtype = x.shape[0], 1 + inter, _accumulator(x, y)
+    saved = (groups, workspace_size(x, y, inter, feature_side)) if save else (0,)
+    return (
+        x.new_empty((terms, 3, groups), dtype=dtype),
+        x.new_empty((terms, groups), dtype=dtype),
+        x.new_empty(saved, dtype=dtype),
+    )
+
+
+def _fake_backward(
+    grad_products, grad_distance, x, y, saved, compare, centered, cosine, inter, feature_side, need_x, need_y
+):
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(y) if need_y else y.new_empty(0),
+    )
+
+
+def _reference(x, y, compare, centered, cosine, inter, feature_side, save):
+    products, distance = reference.gram(x, y, compare, centered, cosine, inter, feature_side)
+    saved = (x.shape[0], workspace_size(x, y, inter, feature_side)) if save else (0,)
+    return products, distance, products.new_zeros(saved)
+
+
+def _reference_backward(
+    grad_products, grad_distance, x, y, saved, compare, centered, cosine, inter, feature_side, need_x, need_y
+):
+    with torch.enable_grad():
+        x, y = x.detach().requires_grad_(need_x), y.detach().requires_grad_(need_y)
+        outputs = reference.gram(x, y, compare, centered, cosine, inter, feature_side)
+        needed = [v for v, need in ((x, need_x), (y, need_y)) if need]
+        found = iter(torch.autograd.grad(outputs, needed, (grad_products, grad_distance), allow_unused=True))
+    results = []
+    for v, need in ((x, need_x), (y, need_y)):
+        result = v.new_empty(0)
+        if need:
+            gradient = next(found)
+            result = torch.zeros_like(v) if gradient is None else torch.empty_like(v).copy_(gradient)
+        results.append(result)
+    return tuple(results)
+
+
+def _triton(*args):
+    from ..kernels import gram as kernels
+
+    return kernels.gram(*args)
+
+
+def _triton_backward(*args):
+    from ..kernels import gram as kernels
+
+    return kernels.gram_backward(*args)
+
+
+define(
+    "gram",
+    "(Tensor x, Tensor y, int compare, bool centered, bool cosine, bool inter, bool feature_side, bool save)"
+    " -> (Tensor products, Tensor distance, Tensor saved)",
+    _fake,
+    _reference,
+    _triton,
+)
+define(
+    "gram_backward",
+    "(Tensor grad_products, Tensor grad_distance, Tensor x, Tensor y, Tensor saved, int compare, bool centered,"
+    " bool cosine, bool inter, bool feature_side, bool need_x, bool need_y) -> (Tensor grad_x, Tensor grad_y)",
+    _fake_backward,
+    _reference_backward,
+    _triton_backward,
+)
+
+
+class _Gram(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, flags: tuple, save: bool, triton: bool
+    ) -> tuple[Tensor, Tensor]:
+        op = torch.ops.kdfast.gram_triton if triton else torch.ops.kdfast.gram
+        products, distance, saved = op(x, y, *flags, save)
+        ctx.save_for_backward(x, y, saved)
+        ctx.flags, ctx.triton = flags, triton
+        return products, distance
+
+    @staticmethod
+    def backward(ctx: Any, grad_products: Tensor, grad_distance: Tensor):
+        x, y, saved = ctx.saved_tensors
+        need_x, need_y = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            outputs = reference.gram(x, y, *ctx.flags)
+            needed = [v for v, need in ((x, need_x), (y, need_y)) if need]
+            found = iter(
+                torch.autograd.grad(
+                    outputs, needed, (grad_products, grad_distance), create_graph=True, materialize_grads=True
+                )
+            )
+            return next(found) if need_x else None, next(found) if need_y else None, None, None, None
+        op = torch.ops.kdfast.gram_backward_triton if ctx.triton else torch.ops.kdfast.gram_backward
+        grad_x, grad_y = op(grad_products, grad_distance, x, y, saved, *ctx.flags, need_x, need_y)
+        return grad_x if need_x else None, grad_y if need_y else None, None, None, None
+
+
+def gram(
+    x: Tensor,
+    y: Tensor,
+    *,
+    compare: str = "cka",
+    centered: bool = True,
+    cosine: bool = False,
+    inter: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Products [T, 3, G] and distances [T, G] of the Grams of two views [G, R1, R2, F1, F2, F3].
+
+    Differentiable in both views. See :func:`kdfast.reference.gram.gram` for the arguments and results; the cheaper
+    side (N x N Grams or D x D products) is chosen here.
+    """
+    n, dx, dy = _rows(x), _features(x), _features(y)
+    swap = inter and n > dx  # the transposed problem has the smaller Grams; its intra term is this one's inter term
+    if inter and x.shape[3:] != y.shape[3:]:
+        x, y = (v.flatten(3)[..., None, None] for v in (x, y))
+    if swap:
+        x, y = transposed(x), transposed(y)
+        n, dx, dy = dx, n, n
+    feature_side = not inter and _feature_side_is_cheaper(n, dx, dy, compare, centered, cosine)
+    flags = (COMPARISONS.index(compare), centered, cosine, inter, feature_side)
+    chosen = backend.choose("gram", x.device.type, ("triton",))
+    if chosen == "reference":
+        products, distance = reference.gram(x, y, *flags)
+    else:
+        matrices = workspace_size(x, y, inter, feature_side)
+        small = x.shape[0] * matrices <= SAVED_ELEMENTS or matrices <= SAVED_SHARE * n * (dx + dy)
+        products, distance = _Gram.apply(x, y, flags, small and not cosine, chosen == "triton")
+    return (products.flip(0), distance.flip(0)) if swap else (products, distance)
+
+
+def _feature_side_is_cheaper(n: int, dx: int, dy: int, compare: str, centered: bool, cosine: bool) -> bool:
+    if compare not in ("cka", "difference") or (cosine and centered):
+        return False
+    # Multiply-adds: two symmetric D x D products and a full one against two symmetric N x N Grams.
+    return n * (dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy) < n * (n + 1) // 2 * (dx + dy)
+
+
+def transposed(v: Tensor) -> Tensor:
+    """Rows and features of a view exchanged: three feature axes fold into two row axes (a copy if they must)."""
+    g, r1, r2, f1, f2, f3 = v.shape
+    return v.permute(0, 3, 4, 5, 1, 2).reshape(g, f1 * f2, f3, r1, r2).unsqueeze(3)

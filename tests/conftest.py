@@ -1,0 +1,42 @@
+"""Fixtures and comparisons shared by all tests. Truth is the float64 reference; see :func:`assert_as_accurate`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from kdfast import backend
+
+# Two cores are shared by the workers of pytest-xdist.
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if "interpret" in item.keywords and not backend.interpreting():
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+needs_extension = pytest.mark.skipif(backend.why_not("cpu") is not None, reason=str(backend.why_not("cpu")))
+
+
+def assert_as_accurate(
+    got: torch.Tensor, truth: torch.Tensor, same_dtype: torch.Tensor, floor: float, what: str = ""
+) -> None:
+    """The error of ``got`` against float64 ``truth`` is at most twice that of the same-dtype reference, plus ``floor``.
+
+    ``floor`` is absolute, in the units of ``truth``; NaN anywhere fails.
+    """
+    truth = truth.double()
+    assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, need {list(truth.shape)}"
+    error, allowed = (got.double() - truth).abs(), 2 * (same_dtype.double() - truth).abs().max() + floor
+    assert bool((error <= allowed).all()), f"{what}: error {error.max():.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,148 @@
+"""The benchmark harness: it times what is right, refuses what is wrong, and writes what its columns say."""
+
+import csv
+
+import pytest
+import torch
+
+import kdfast
+from benchmarks import memory, report
+from benchmarks.__main__ import main
+from benchmarks.case import Baseline, Case, pair
+from benchmarks.cases import select
+from benchmarks.ceilings import Ceilings
+from benchmarks.measure import measure
+
+CPU = torch.device("cpu")
+loss = kdfast.CKALoss()
+
+
+class FixedCeilings(Ceilings):
+    def bandwidth(self, working_set=None):
+        return 1e10
+
+    def matrix_rate(self, dtype):
+        return 1e11
+
+
+class Scaled(torch.autograd.Function):
+    """The right value with a gradient 1 % too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.01
+
+
+def broken(student, teacher):
+    raise RuntimeError("no such kernel")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    baselines = {
+        "right": Baseline(loss, tolerance=1e-4),
+        "wrong value": Baseline(lambda s, t: loss(s, t) * 1.001, tolerance=1e-4),
+        "wrong gradient": Baseline(lambda s, t: Scaled.apply(loss(s, t)), tolerance=1e-4),
+        "nan": Baseline(lambda s, t: loss(s, t) * float("nan"), tolerance=1e-4),
+        "too large": Baseline(loss, memory=1 << 60),
+        "broken": Baseline(broken),
+    }
+    case = Case(
+        "gram", "small", "test", loss, pair((6, 40), (6, 24)), 2 * 6 * 64 * 4, 6 * 6 * 64, baselines=baselines
+    )
+    found = measure(case, CPU, FixedCeilings(CPU), seconds=0.05, rounds=2, only=[*baselines, "eager", "cpu"])
+    return {row["provider"]: row for row in found}
+
+
+@pytest.mark.parametrize("provider", ["wrong value", "wrong gradient", "nan"])
+def test_wrong_provider_is_not_timed(rows, provider):
+    assert rows[provider]["status"] == "wrong"
+    assert "median_ms" not in rows[provider]
+    assert "allowed" in rows[provider]["note"]
+
+
+@pytest.mark.parametrize(("provider", "reason"), [("too large", "GB are free"), ("broken", "no such kernel")])
+def test_what_cannot_run_says_why(rows, provider, reason):
+    assert rows[provider]["status"] == "not run"
+    assert reason in rows[provider]["note"]
+
+
+def test_right_providers_are_timed(rows):
+    for name in ("right", "eager"):
+        row = rows[name]
+        assert row["status"] == "ok"
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["median_ms"])
+    assert max(rows[name]["speedup"] for name in ("right", "eager")) == pytest.approx(1)
+    assert rows["cpu"]["status"] == ("ok" if "note" not in rows["cpu"] else "not run")
+
+
+def test_files_and_table(rows, tmp_path):
+    facts = {"device": "A CPU (AVX2)", "threads": 2, "commit": "abc", "torch": "2", "date": "2025-01-01"}
+    facts |= {"copy_gb_per_s": 10.0, "matrix_tflop_per_s": 0.1}
+    suite = [("gram", "small", "float32", "contiguous"), ("gram", "other", "float32", "contiguous")]
+    first = [facts | row | {"case": name} for row in rows.values() for name in ("other", "gone")]
+    report.write(first, tmp_path, suite)
+    (path,) = report.write([facts | row for row in rows.values()], tmp_path, suite)
+    with path.open() as file:
+        stored = list(csv.DictReader(file))
+    assert tuple(stored[0]) == report.COLUMNS
+    assert [row["case"] for row in stored] == ["small"] * len(rows) + ["other"] * len(
+        rows
+    )  # "gone" left the suite
+    assert all((row["median_ms"] == "") == (row["status"] != "ok") for row in stored)
+    text = report.summary(stored)
+    assert "A CPU (AVX2), 2 threads" in text
+    assert text.count("| small |") == 1
+
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- benchmarks:cpu -->\nold\n<!-- /benchmarks:cpu -->\nafter\n")
+    report.update_readme(readme, "benchmarks:cpu", text)
+    assert readme.read_text() == f"before\n<!-- benchmarks:cpu -->\n{text}\n<!-- /benchmarks:cpu -->\nafter\n"
+    with pytest.raises(ValueError, match="benchmarks:cuda"):
+        report.update_readme(readme, "benchmarks:cuda", text)
+
+
+def test_peak_memory_sees_every_allocation():
+    kept = torch.zeros(1 << 20)
+    peak = memory.peak(lambda: (torch.ones(1 << 22).sum(), kept.sum()), CPU)
+    if peak is None:
+        pytest.skip("this system does not report peak memory")
+    assert peak == pytest.approx(1 << 24, rel=0.05)
+
+
+def test_suite_is_well_formed():
+    cases = select()
+    assert len({(c.family, c.name, c.dtype, c.layout) for c in cases}) == len(cases)
+    assert all(case.bytes > 0 and case.flops > 0 and case.source for case in cases)
+    assert {case.family for case in select(["gram"], "LOGIT")} == {"gram"}
+    with pytest.raises(ValueError, match="nonsense"):
+        select(["nonsense"])
+
+
+@pytest.mark.parametrize(
+    "name", ["cka resnet20 [128, 64, 8, 8]", "debiased", "sp resnet20", "mmd", "logit cka, official"]
+)
+def test_published_forms_agree(name):
+    (case,) = select(["gram"], name)
+    student, teacher = (x.detach()[:20].double() for x in case.inputs(CPU))
+    with kdfast.use_backend("reference"):
+        expected = case.loss(student, teacher).item()
+    assert case.baselines["naive"].fn(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for name in ("bandwidth", "matrix_rate"):
+        monkeypatch.setattr(Ceilings, name, getattr(FixedCeilings, name))
+    options = ["--device", "cpu", "--quick", "--rounds", "1", "--provider", "naive", "eager", "--out"]
+    small = select(["gram"], "logit cka [128")
+    monkeypatch.setattr("benchmarks.__main__.select", lambda *_: small)
+    assert main([*options, str(tmp_path)]) == 0
+    assert "logit cka [128, 100]" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*/gram.csv"))) == 1
+    assert len(list(tmp_path.glob("*/*.png"))) == 2

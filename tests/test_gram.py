@@ -1,0 +1,199 @@
+"""Op gram: the C++ backend against the float64 reference, over comparisons, shapes, strides, dtypes and degenerate inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_as_accurate, needs_extension
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kdfast
+from kdfast.ops.gram import gram
+from kdfast.reference import gram as reference
+from kdfast.reference.gram import COMPARISONS
+
+pytestmark = needs_extension
+
+# (compare, centered, cosine, inter, feature_side): every combination that the op implements.
+FLAGS = [
+    (COMPARISONS.index(compare), centered, cosine, inter, feature_side)
+    for compare in COMPARISONS
+    for centered in (True, False)
+    for cosine in (False, True)
+    for inter, feature_side in ((False, False), (True, False), (False, True))
+    if not (inter and (compare != "cka" or cosine))
+    and not (feature_side and (compare not in ("cka", "difference") or (cosine and centered)))
+    and not (compare == "mean" and centered)
+]
+# One row; two; fewer rows than any register block; odd sizes; several groups below and above the one-task-per-group
+# threshold (8); more rows than a feature tile; more features than one tile.
+SHAPES = [(1, 1, 1, 1, 1, 5), (1, 2, 1, 1, 1, 5), (2, 5, 1, 1, 1, 7), (3, 4, 3, 2, 3, 4), (10, 3, 3, 2, 2, 5)]
+LARGE_SHAPES = [(1, 130, 1, 1, 1, 90), (1, 33, 1, 1, 1, 2100), (9, 35, 1, 1, 1, 33)]
+
+
+def inputs(shape: tuple[int, ...], kind: str, same_features: bool) -> tuple[Tensor, Tensor]:
+    other = shape if same_features else (*shape[:5], shape[5] + 3)
+    x, y = torch.randn(shape), torch.randn(other)
+    if kind == "mean":
+        x, y = x + 100, y - 50
+    elif kind == "converged":
+        y = (x if same_features else torch.randn(shape)).clone()
+        x = y + 1e-3 * torch.randn(shape)
+    elif kind == "constant":
+        x[:] = 3.3
+    elif kind == "zero row":
+        x[:, 0], y[:, -1] = 0, 0
+    elif kind == "strided":  # [F1, G, R1, F2, R2, F3] in memory, every other element
+        memory = [shape[i] for i in (3, 0, 1, 4, 2)]
+        x = torch.randn(*memory, 2 * shape[5])[..., ::2].permute(1, 2, 4, 0, 3, 5)
+    elif kind == "expanded":
+        x = torch.randn(*shape[:4], 1, shape[5]).expand(shape)
+    return x, y
+
+
+def run_reference(x: Tensor, y: Tensor, flags: tuple, gradients: tuple[Tensor, Tensor], dtype: torch.dtype):
+    x, y = (v.detach().to(dtype).requires_grad_() for v in (x, y))
+    outputs = reference.gram(x, y, *flags)
+    upstream = [g.to(o.dtype) for g, o in zip(gradients, outputs, strict=True)]
+    return *(o.detach() for o in outputs), *torch.autograd.grad(outputs, (x, y), upstream)
+
+
+def check(x: Tensor, y: Tensor, flags: tuple, save: bool) -> None:
+    terms = 1 + flags[3]
+    smooth = flags[0] < COMPARISONS.index("row_cosine")  # the others define no gradient of the products
+    scale = 1e-4 / max(1.0, float(x.float().abs().max()) ** 4)  # products are fourth powers; keep both gradients in sight
+    gradients = (torch.randn(terms, 3, x.shape[0]) * scale * smooth, torch.randn(terms, x.shape[0]))
+    products, distance, saved = torch.ops.kdfast.gram(x, y, *flags, save)
+    upstream = [g.to(products.dtype) for g in gradients]
+    grads = torch.ops.kdfast.gram_backward(*upstream, x, y, saved, *flags, True, True)
+    truth = run_reference(x, y, flags, gradients, torch.float64)
+    same = run_reference(x, y, flags, gradients, x.dtype)
+    names = ("products", "distance", "grad_x", "grad_y")
+    half_step = torch.finfo(x.dtype).eps if x.dtype in (torch.float16, torch.bfloat16) else 0
+    for name, got, want, plain in zip(names, (products, distance, *grads), truth, same, strict=True):
+        size = float(want.abs().max())
+        floor = {"products": 1e-6 * size, "distance": 1e-6 * max(1.0, size)}.get(name, 2e-6 * size + half_step * size)
+        if name.startswith("grad"):  # where the gradient vanishes by cancellation: its terms are of size |g| / |x|
+            v = (x if name == "grad_x" else y).double().flatten(1)
+            lost = 2e-6 if flags[2] else 3e-7  # unit rows of a large mean are nearly equal: centring them loses digits
+            floor += lost * float(gradients[1].abs().max() / v.square().mean(1).sqrt().min().clamp_min(1e-3))
+        assert_as_accurate(got, want, plain, floor, f"{name} {flags}")
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda f: f"{COMPARISONS[f[0]]}-{'-'.join(map(str, map(int, f[1:])))}")
+@pytest.mark.parametrize("kind", ["plain", "mean", "converged", "zero row", "strided", "expanded"])
+def test_matches_reference(flags: tuple, kind: str) -> None:
+    for shape in SHAPES:
+        if kind == "zero row" and shape[1] * shape[2] < 3:
+            continue
+        x, y = inputs(shape, kind, same_features=flags[3] or kind == "converged")
+        for save in (True, False) if not flags[2] else (False,):
+            check(x, y, flags, save)
+
+
+@pytest.mark.parametrize("shape", LARGE_SHAPES)
+@pytest.mark.parametrize("flags", [f for f in FLAGS if f[0] in (0, 5)], ids=str)
+def test_large_shapes(shape: tuple[int, ...], flags: tuple) -> None:
+    x, y = inputs(shape, "mean" if flags[1] else "plain", same_features=flags[3])
+    check(x, y, flags, save=not flags[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("flags", [f for f in FLAGS if f[0] == 0], ids=str)
+def test_dtypes(dtype: torch.dtype, flags: tuple) -> None:
+    x, y = inputs((2, 9, 2, 2, 1, 37), "plain", same_features=flags[3])
+    check(x.to(dtype), y.to(dtype), flags, save=not flags[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_large_values(dtype: torch.dtype) -> None:
+    x, y = (1000 * (2 * torch.rand(1, 32, 1, 1, 1, 4096) - 1) for _ in range(2))
+    check(x.to(dtype), y.to(dtype), FLAGS[0], save=True)
+
+
+@given(
+    groups=st.integers(1, 10),
+    rows=st.tuples(st.integers(1, 9), st.integers(1, 4)),
+    features=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9)),
+    order=st.permutations(range(6)),
+    step=st.integers(1, 2),
+    flags=st.sampled_from([f for f in FLAGS if f[0] == 0]),
+)
+@settings(max_examples=40, deadline=None)
+def test_random_views(groups, rows, features, order, step, flags) -> None:
+    shape = (groups, *rows, *features)
+
+    def view() -> Tensor:
+        memory = torch.randn([shape[a] * step for a in order])[(slice(None, None, step),) * 6]
+        return memory.permute([order.index(a) for a in range(6)])
+
+    check(view(), view(), flags, save=not flags[2])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["constant", "zero", "same"])
+def test_degenerate_inputs_are_finite(rows: int, kind: str) -> None:
+    y = torch.randn(1, rows, 1, 1, 1, 6)
+    x = {"constant": torch.full_like(y, 0.1), "zero": torch.zeros_like(y), "same": y.clone()}[kind]
+    for flags in FLAGS:
+        products, distance, saved = torch.ops.kdfast.gram(x, y, *flags, False)
+        grads = torch.ops.kdfast.gram_backward(
+            torch.zeros_like(products), torch.ones_like(distance), x, y, saved, *flags, True, True
+        )
+        for v in (products, distance, *grads):
+            assert v.isfinite().all(), flags
+        assert (distance >= 0).all()
+        if flags[1] and rows <= 2 and not flags[3]:
+            assert not grads[0].any() and not grads[1].any(), "two centred rows determine nothing"
+        if kind == "constant" and flags == FLAGS[0]:
+            assert distance.item() == 1 and not grads[0].any(), "a constant has CKA 0 and no gradient"
+
+
+def test_result_does_not_depend_on_threads() -> None:
+    x, y = torch.randn(1, 40, 1, 1, 1, 9000), torch.randn(1, 40, 1, 1, 1, 9000)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(torch.ops.kdfast.gram(x, y, *FLAGS[0], True))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradcheck_and_second_backward(backend: str) -> None:
+    x, y = (torch.randn(2, 5, 1, 1, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    with kdfast.use_backend(backend):
+        for compare, cosine, inter in (("cka", False, False), ("cka", False, True), ("cka", True, False), ("cka_row", False, False)):
+            assert torch.autograd.gradcheck(lambda *v: gram(*v, compare=compare, cosine=cosine, inter=inter), (x, y))
+        assert torch.autograd.gradgradcheck(lambda *v: gram(*v)[1], (x, y))
+
+
+def test_only_needed_gradients() -> None:
+    x, y = torch.randn(1, 6, 1, 1, 1, 5, requires_grad=True), torch.randn(1, 6, 1, 1, 1, 5)
+    distance = gram(x, y)[1].sum()
+    distance.backward(retain_graph=True)
+    first = x.grad.clone()
+    distance.backward()
+    assert torch.equal(x.grad, 2 * first) and y.grad is None
+    with torch.no_grad():
+        assert not gram(x, y)[1].requires_grad
+
+
+@pytest.mark.parametrize("flags", [FLAGS[0], next(f for f in FLAGS if f[3]), next(f for f in FLAGS if f[4])], ids=str)
+def test_opcheck(flags: tuple) -> None:
+    x, y = inputs((2, 5, 1, 2, 1, 3), "plain", same_features=True)
+    torch.library.opcheck(torch.ops.kdfast.gram.default, (x, y, *flags, True))
+    products, distance, saved = torch.ops.kdfast.gram(x, y, *flags, True)
+    arguments = (products, distance, x, y, saved, *flags, True, False)
+    torch.library.opcheck(torch.ops.kdfast.gram_backward.default, arguments)
+
+
+def test_wrong_views_are_refused() -> None:
+    x, y = torch.randn(1, 4, 1, 1, 1, 3), torch.randn(1, 5, 1, 1, 1, 3)
+    with pytest.raises(RuntimeError, match="share groups and rows"):
+        torch.ops.kdfast.gram(x, y, *FLAGS[0], True)
+    with pytest.raises(RuntimeError, match="need float32"):
+        torch.ops.kdfast.gram(x.int(), x.int(), *FLAGS[0], True)

@@ -1,0 +1,76 @@
+"""Every Triton kernel, as its op launches it, compiled for the architectures we ship to: pytest -m aot. Needs no GPU.
+
+An op adds its launches to CASES: a name, the float32 matmul precision, and a call on meta tensors.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import aot
+
+from kdfast import backend
+from kdfast.reference.gram import COMPARISONS
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(backend.interpreting(), reason="the interpreter replaces the compiler"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+]
+
+
+def _gram(
+    rows, features, dtype, compare="cka", centered=True, inter=False, feature_side=False, patches=False
+):
+    def call():
+        from kdfast.kernels.gram import gram, gram_backward
+
+        x = torch.empty(64, rows, 1, features, 1, 1, dtype=dtype, device="meta")
+        if patches:  # [B, C, H, W] in patches of 16 x 16, channels are groups
+            x = torch.empty(2, 64, 16 * rows, 16, dtype=dtype, device="meta")
+            x = x.unflatten(2, (rows, 16)).unflatten(-1, (1, 16)).permute(1, 2, 4, 0, 3, 5)
+        flags = (COMPARISONS.index(compare), centered, False, inter, feature_side)
+        products, distance, saved = gram(x, x, *flags, True)
+        gram_backward(products, distance, x, x, saved, *flags, True, True)
+
+    return call
+
+
+f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+CASES = {
+    # Row tiles of 16, 64 and 64 + 16 rows; the widest; several tiles.
+    **{f"gram-{n}-ieee": ("highest", _gram(n, 1024, f32, patches=True)) for n in (16, 64, 77, 128, 273)},
+    **{f"gram-{n}-tf32": ("high", _gram(n, 1024, f32, patches=True)) for n in (77, 128, 273)},
+    **{f"gram-{n}-bf16": ("highest", _gram(n, 1024, bf16, patches=True)) for n in (24, 77, 128, 273)},
+    "gram-flat-ieee": ("highest", _gram(77, 1000, f32)),
+    "gram-flat-f16": ("highest", _gram(128, 1000, f16)),
+    "gram-uncentred-f16": ("highest", _gram(77, 1024, f16, centered=False)),
+    "gram-float64": ("highest", _gram(17, 100, f64)),
+    **{f"gram-{name}": ("highest", _gram(77, 1024, f32, name, patches=True)) for name in COMPARISONS[1:]},
+    "gram-wide-rows": ("highest", _gram(512, 1024, bf16, "row_cosine")),
+    "gram-inter-ieee": ("highest", _gram(77, 1024, f32, inter=True)),
+    "gram-inter-bf16": ("highest", _gram(128, 1000, bf16, inter=True, centered=False)),
+    "gram-features-ieee": ("highest", _gram(5000, 64, f32, feature_side=True)),
+    "gram-features-f16": ("highest", _gram(5000, 100, f16, feature_side=True)),
+    "gram-features-difference": ("high", _gram(5000, 10, f32, "difference", feature_side=True)),
+}
+
+
+@pytest.mark.parametrize("capability", aot.SHARED_LIMIT)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_within_the_machine(case, capability):
+    precision, call = CASES[case]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        launches = aot.launches(call)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert launches
+    for launch in launches:
+        found = aot.resources(launch, capability)
+        assert found.shared <= aot.SHARED_LIMIT[capability], f"{launch}: {found}"
+        assert found.local == 0, f"{launch}: registers spill: {found}"
