@@ -14,17 +14,6 @@ struct TermGradient {
   double xy, xx, yy, distance;
 };
 
-template <class A>
-double norm_sq(const A* m, int64_t rows, int64_t columns, int64_t ld) {
-  double total = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    double row = 0;
-    for (int64_t j = 0; j < columns; ++j) row += static_cast<double>(m[i * ld + j]) * static_cast<double>(m[i * ld + j]);
-    total += row;
-  }
-  return total;
-}
-
 // Products and distance from squared norms: the side that is not N x N.
 struct NormTerm {
   double xy, xx, yy;
@@ -50,63 +39,58 @@ struct NormTerm {
   }
 };
 
-// The matrices of one group after centring both ways, from those of the doubly centred tiles with their column means as
-// last row: intra Grams get the row means back, inter ones the column means (both rank-one updates).
+// The matrices of one group for both terms. Centred: the tiles are doubly centred and have their column means as last
+// row; intra Grams get the row means back, inter ones the column means (both rank-one updates).
 template <class A>
 class PairTerms {
  public:
   PairTerms(const GramProblem<A>& p, int64_t g, A* matrices)
-      : n_(p.view(0).rows), ld_(p.padded(0)), k_(n_ * ld_), l_(n_ * ld_), m_(n_ * ld_), kr_(n_ * ld_), lr_(n_ * ld_) {
-    const A* means[2];
-    std::vector<A> centred[2];
+      : n_(p.view(0).rows), ld_(p.padded(0)), storage_(p.extended() ? 4 * n_ * ld_ : 0), m_(p.xy(matrices)) {
+    A* const grams[2] = {p.xx(matrices), p.yy(matrices)};
     for (int s : {0, 1}) {
-      means[s] = nullptr;
+      intra_[s] = inter_[s] = grams[s];
       if (!p.extended()) continue;
       double mean = 0;
       for (int64_t i = 0; i < n_; ++i) mean += p.row_mean(s, g)[i] / static_cast<double>(n_);
-      for (int64_t i = 0; i < n_; ++i) centred[s].push_back(static_cast<A>(p.row_mean(s, g)[i] - mean));
-      means[s] = centred[s].data();
+      for (int64_t i = 0; i < n_; ++i) row_means_[s].push_back(static_cast<A>(p.row_mean(s, g)[i] - mean));
+      intra_[s] = storage_.get() + 2 * s * n_ * ld_;
+      inter_[s] = intra_[s] + n_ * ld_;
+      p.kernels_table().rank_one_updates(grams[s], n_, ld_, row_means(s), p.view(s).features, intra_[s], inter_[s]);
     }
-    update(p.xx(matrices), means[0], p.view(0).features, k_.get(), kr_.get());
-    update(p.yy(matrices), means[1], p.view(1).features, l_.get(), lr_.get());
-    const A* xy = p.xy(matrices);
-    for (int64_t i = 0; i < n_; ++i) {
-      for (int64_t j = 0; j < n_; ++j) {
-        A v = xy[i * ld_ + j];
-        if (p.extended()) v += xy[i * ld_ + n_] + xy[n_ * ld_ + j] + xy[n_ * ld_ + n_];
-        m_.get()[i * ld_ + j] = v;
-      }
-    }
-    row_means_[0] = std::move(centred[0]), row_means_[1] = std::move(centred[1]);
-    inter = {norm_sq(m_.get(), n_, n_, ld_), norm_sq(kr_.get(), n_, n_, ld_), norm_sq(lr_.get(), n_, n_, ld_)};
+    if (p.extended()) update_cross();
+    const auto norm = [&](const A* m) { return p.kernels_table().norm_sq(m, n_, n_, ld_); };
+    inter = {norm(m_), norm(inter_[0]), norm(inter_[1])};
   }
 
-  A* k() const { return k_.get(); }
-  A* l() const { return l_.get(); }
-  const A* m() const { return m_.get(); }                    // Xr Yr^T
-  const A* kr() const { return kr_.get(); }                  // Xr Xr^T
-  const A* lr() const { return lr_.get(); }
-  const std::vector<A>& row_means(int side) const { return row_means_[side]; }
+  A* gram(int side) const { return intra_[side]; }                // of the column-centred X or Y
+  const A* inter_gram(int side) const { return inter_[side]; }    // of the row-centred Xr or Yr
+  const A* cross() const { return m_; }                           // Xr Yr^T; row n and column n hold its sums
+  const A* row_means(int side) const { return row_means_[side].empty() ? nullptr : row_means_[side].data(); }
 
   NormTerm inter;
 
  private:
-  void update(const A* gram, const A* row_means, int64_t features, A* intra, A* inter) const {
+  void update_cross() {
+    const A *last = m_ + n_ * ld_, corner = last[n_];
+    std::vector<double> column_sums(n_, 0.0);
+    std::vector<A> from_y(last, last + n_);
     for (int64_t i = 0; i < n_; ++i) {
+      A* row = m_ + i * ld_;
+      const A side = row[n_] + corner;
+      double row_sum = 0;
       for (int64_t j = 0; j < n_; ++j) {
-        A v = gram[i * ld_ + j], w = v;
-        if (row_means) {
-          v += static_cast<A>(features) * row_means[i] * row_means[j];
-          w += gram[i * ld_ + n_] + gram[n_ * ld_ + j] + gram[n_ * ld_ + n_];
-        }
-        intra[i * ld_ + j] = v;
-        inter[i * ld_ + j] = w;
+        row[j] += side + from_y[j];
+        row_sum += static_cast<double>(row[j]);
+        column_sums[j] += static_cast<double>(row[j]);
       }
+      row[n_] = static_cast<A>(row_sum);
     }
+    for (int64_t j = 0; j < n_; ++j) m_[n_ * ld_ + j] = static_cast<A>(column_sums[j]);
   }
 
   int64_t n_, ld_;
-  Buffer<A> k_, l_, m_, kr_, lr_;
+  Buffer<A> storage_;
+  A *intra_[2], *inter_[2], *m_;
   std::vector<A> row_means_[2];
 };
 
@@ -118,6 +102,7 @@ CompareArgs<A> arguments(const GramProblem<A>& p, A* k, A* l, const TermGradient
 template <class A>
 NormTerm feature_term(const GramProblem<A>& p, A* matrices) {
   const int64_t dx = p.view(0).rows, dy = p.view(1).rows;
+  const auto norm_sq = p.kernels_table().norm_sq;
   return {norm_sq(p.xy(matrices), dx, dy, p.padded(1)), norm_sq(p.xx(matrices), dx, dx, p.padded(0)),
           norm_sq(p.yy(matrices), dy, dy, p.padded(1))};
 }
@@ -133,7 +118,7 @@ void forward_group(const GramProblem<A>& p, int64_t g, A* matrices, double* prod
     set(0, feature_term(p, matrices), static_cast<double>(p.view(0).features));
   } else if (p.flags().inter) {
     const PairTerms<A> terms(p, g, matrices);
-    distance[0] = p.kernels_table().compare(arguments(p, terms.k(), terms.l()), products);
+    distance[0] = p.kernels_table().compare(arguments(p, terms.gram(0), terms.gram(1)), products);
     set(1, terms.inter, static_cast<double>(p.view(0).features));
   } else {
     distance[0] = p.kernels_table().compare(arguments(p, p.xx(matrices), p.yy(matrices)), products);
@@ -180,30 +165,15 @@ GroupMix<A> pair_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
   auto f = terms.inter.gradient(p.flags().compare, static_cast<double>(p.view(0).features), inter);
   if (p.flags().centered && p.view(0).features <= 2) f = {0, 0, 0};
   Buffer<A> gx(n * ld), gy(n * ld);
-  p.kernels_table().compare_backward(arguments(p, terms.k(), terms.l(), intra), gx.get(), gy.get());
+  p.kernels_table().compare_backward(arguments(p, terms.gram(0), terms.gram(1), intra), gx.get(), gy.get());
   GroupMix<A> mix;
-  Buffer<A> own(n * ld), other(n * ld);
   for (int s : {0, 1}) {
-    const A *g = s ? gy.get() : gx.get(), *gram = s ? terms.lr() : terms.kr(), *m = terms.m();
-    const double factor = s ? f.own_y : f.own_x;
+    A* own = s ? gy.get() : gx.get();
     if (p.extended()) mix.bias[s] = std::make_unique<Buffer<A>>(n);
-    for (int64_t i = 0; i < n; ++i) {
-      double own_sum = 0, other_sum = 0, bias = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        const double o = factor * static_cast<double>(gram[i * ld + j]);
-        const double t = f.cross * static_cast<double>(s ? m[j * ld + i] : m[i * ld + j]);
-        own.get()[i * ld + j] = static_cast<A>(o + static_cast<double>(g[i * ld + j]));
-        other.get()[i * ld + j] = static_cast<A>(t);
-        own_sum += o, other_sum += t;
-        if (p.extended()) bias += static_cast<double>(g[i * ld + j]) * static_cast<double>(terms.row_means(s)[j]);
-      }
-      if (!p.extended()) continue;
-      own.get()[i * ld + n] = static_cast<A>(own_sum);
-      other.get()[i * ld + n] = static_cast<A>(other_sum);
-      mix.bias[s]->get()[i] = static_cast<A>(bias);
-    }
-    mix.own[s] = packed(p, s, s, own.get(), ld);
-    mix.other[s] = packed(p, s, 1 - s, other.get(), ld);
+    p.kernels_table().add_inter(own, terms.inter_gram(s), s ? f.own_y : f.own_x, terms.row_means(s), n, ld,
+                                mix.get(s).bias);
+    mix.own[s] = packed(p, s, s, own, ld);
+    mix.other[s] = packed(p, s, 1 - s, terms.cross(), s ? 1 : ld, s ? ld : 1, f.cross);
   }
   return mix;
 }
@@ -237,20 +207,21 @@ GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
   return mix;
 }
 
-// Between saved [G, ...], where the matrices lie without padding, and a group's padded matrices.
+// Between saved [G, ...] and a group's padded matrices: XX and YY as rows of their upper triangles, XY whole.
 template <class A>
-int64_t for_saved_rows(const GramProblem<A>& p, A* matrices, A* saved, bool load) {
-  int64_t at = 0;
-  const auto copy = [&](A* m, int64_t rows, int64_t columns, int64_t ld) {
-    for (int64_t i = 0; i < rows; ++i, at += columns) {
-      A *row = m + i * ld, *kept = saved + at;
-      std::memcpy(load ? row : kept, load ? kept : row, columns * sizeof(A));
+void for_saved_rows(const GramProblem<A>& p, A* matrices, A* saved, bool load) {
+  const auto copy = [&](A* m, int64_t rows, int64_t columns, int64_t ld, bool triangle) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t first = triangle ? i : 0, count = columns - first;
+      A* row = m + i * ld + first;
+      std::memcpy(load ? row : saved, load ? saved : row, count * sizeof(A));
+      saved += count;
     }
+    if (load && triangle) p.kernels_table().mirror(m, rows, ld);
   };
-  copy(p.xx(matrices), p.rows(0), p.rows(0), p.padded(0));
-  copy(p.yy(matrices), p.rows(1), p.rows(1), p.padded(1));
-  if (p.cross()) copy(p.xy(matrices), p.rows(0), p.rows(1), p.padded(1));
-  return at;
+  copy(p.xx(matrices), p.rows(0), p.rows(0), p.padded(0), true);
+  copy(p.yy(matrices), p.rows(1), p.rows(1), p.padded(1), true);
+  if (p.cross()) copy(p.xy(matrices), p.rows(0), p.rows(1), p.padded(1), false);
 }
 
 GramFlags flags_of(const Tensor& x, const Tensor& y, int64_t compare, bool centered, bool cosine, bool inter,
@@ -363,7 +334,7 @@ std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, const Tensor& y, in
   const bool wide = is_wide(x, y);
   const int64_t groups = x.size(0), terms = inter ? 2 : 1, n = x.size(1) * x.size(2) + inter;
   const int64_t dx = x.size(3) * x.size(4) * x.size(5), dy = y.size(3) * y.size(4) * y.size(5);
-  const int64_t per_group = feature_side ? dx * dx + dy * dy + dx * dy : (inter ? 3 : 2) * n * n;
+  const int64_t per_group = feature_side ? dx * (dx + 1) / 2 + dy * (dy + 1) / 2 + dx * dy : n * (n + 1) + inter * n * n;
   Tensor products = empty(x, {terms, 3, groups}, wide), distance = empty(x, {terms, groups}, wide);
   Tensor saved = save ? empty(x, {groups, per_group}, wide) : empty(x, {0}, wide);
   if (wide) {

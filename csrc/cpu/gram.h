@@ -68,6 +68,13 @@ struct GramKernels {
   double (*compare)(const CompareArgs<A>&, double* products);
   // Symmetric matrices gx, gy [n, ld] such that dX = gx X, dY = gy Y (centred X, Y); k and l as compare takes them.
   void (*compare_backward)(const CompareArgs<A>&, A* gx, A* gy);
+  // Completes XX from its upper triangle.
+  void (*mirror)(A* m, int64_t n, int64_t ld);
+  double (*norm_sq)(const A* m, int64_t rows, int64_t columns, int64_t ld);
+  // intra = gram + features * r r^T, inter = gram + what the tile's last row, the column means, contributes (n + 1 rows).
+  void (*rank_one_updates)(const A* gram, int64_t n, int64_t ld, const A* r, int64_t features, A* intra, A* inter);
+  // bias_i = sum_j g_ij r_j; then g += factor * inter, with the row sums of factor * inter in column n.
+  void (*add_inter)(A* g, const A* inter, double factor, const A* r, int64_t n, int64_t ld, A* bias);
   int64_t lanes, product_rows, mix_rows;  // paddings: columns of a tile, its rows, rows of a packed mix
 };
 

@@ -284,10 +284,22 @@ void project_columns(A* out, const A* tile, int64_t ld, int64_t width, int64_t r
 
 template <class A>
 constexpr GramKernels<A> table() {
-  return {pack<A>,     unpack<A>, row_sums<A>,        products<A>,
-          pack_mix<A>, mix<A>,    project_columns<A>, compare<A>,
-          compare_backward<A>,    kLanes<A>,          kI * kJ,
-          kMixRows};
+  return {.pack = pack<A>,
+          .unpack = unpack<A>,
+          .row_sums = row_sums<A>,
+          .products = products<A>,
+          .pack_mix = pack_mix<A>,
+          .mix = mix<A>,
+          .project_columns = project_columns<A>,
+          .compare = compare<A>,
+          .compare_backward = compare_backward<A>,
+          .mirror = mirror<A>,
+          .norm_sq = norm_sq<A>,
+          .rank_one_updates = rank_one_updates<A>,
+          .add_inter = add_inter<A>,
+          .lanes = kLanes<A>,
+          .product_rows = kI * kJ,
+          .mix_rows = kMixRows};
 }
 
 }  // namespace

@@ -103,6 +103,51 @@ void scale_rows(A* k, int64_t n, int64_t ld, double* inverse_roots) {
   }
 }
 
+template <class A>
+void mirror(A* m, int64_t n, int64_t ld) {
+  constexpr int64_t kBlock = 16;  // of a row per cache line, so that strided stores find their lines in L1
+  for (int64_t i0 = 0; i0 < n; i0 += kBlock) {
+    for (int64_t j0 = 0; j0 <= i0; j0 += kBlock) {
+      for (int64_t i = i0; i < i0 + kBlock && i < n; ++i) {
+        for (int64_t j = j0; j < j0 + kBlock && j < i; ++j) m[i * ld + j] = m[j * ld + i];
+      }
+    }
+  }
+}
+
+template <class A>
+double norm_sq(const A* m, int64_t rows, int64_t columns, int64_t ld) {
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) total += dot(m + i * ld, m + i * ld, columns);
+  return total;
+}
+
+template <class A>
+void rank_one_updates(const A* gram, int64_t n, int64_t ld, const A* r, int64_t features, A* intra, A* inter) {
+  const A *last = gram + n * ld, corner = last[n];
+  for (int64_t i = 0; i < n; ++i) {
+    const A *row = gram + i * ld, scale = static_cast<A>(features) * r[i], side = row[n] + corner;
+    for (int64_t j = 0; j < n; ++j) {
+      intra[i * ld + j] = row[j] + scale * r[j];
+      inter[i * ld + j] = row[j] + (side + last[j]);
+    }
+  }
+}
+
+template <class A>
+void add_inter(A* g, const A* inter, double factor, const A* r, int64_t n, int64_t ld, A* bias) {
+  const A f = static_cast<A>(factor);
+  for (int64_t i = 0; i < n; ++i) {
+    A* row = g + i * ld;
+    const A* from = inter + i * ld;
+    if (r) {
+      bias[i] = static_cast<A>(dot(row, r, n));
+      row[n] = static_cast<A>(factor * sum(from, n));
+    }
+    for (int64_t j = 0; j < n; ++j) row[j] += f * from[j];
+  }
+}
+
 // Row means or inverse roots of two matrices; the compare functions run once per group, so an allocation is cheap there.
 struct Scratch {
   double* data;

@@ -145,7 +145,8 @@ class GramProblem {
     const int64_t allowed = std::max<int64_t>(kPartialBytes, input / 32) / std::max<int64_t>(elements_ * groups_ * sizeof(A), 1);
     const int64_t chunks = std::max<int64_t>(1, std::max(chunks_of(0), chunks_of(1)));
     const int64_t splits = std::clamp<int64_t>(allowed, 1, std::min(kSplits, chunks));
-    const int64_t parts = ceil_div(kTasks, std::max<int64_t>(groups_ * splits, 1));
+    // Shares of the matrices change no result, so they follow the threads; each packs the tiles again.
+    const int64_t parts = ceil_div(num_threads(), std::max<int64_t>(groups_ * splits, 1));
     Buffer<A> partial(elements_ * groups_ * splits);
     std::memset(partial.get(), 0, elements_ * groups_ * splits * sizeof(A));
     parallel_for(0, groups_ * splits * parts, 1, [&](int64_t begin, int64_t end) {
@@ -248,12 +249,8 @@ class GramProblem {
 
   // XX and YY hold only their upper triangles so far.
   void mirror(A* matrices) const {
-    for (int s : {0, 1}) {
-      A* m = s ? yy(matrices) : matrices;
-      for (int64_t j = 0; j < rows_[s]; ++j) {
-        for (int64_t i = j + 1; i < rows_[s]; ++i) m[i * padded_[s] + j] = m[j * padded_[s] + i];
-      }
-    }
+    k_.mirror(xx(matrices), rows_[0], padded_[0]);
+    k_.mirror(yy(matrices), rows_[1], padded_[1]);
   }
 
   // One pass over the inputs where tiles need to know whole rows: their means, or their norms.

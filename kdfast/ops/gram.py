@@ -18,11 +18,20 @@ SAVED_ELEMENTS = 1 << 18
 
 
 def workspace_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
-    """Elements per group of the matrices that a backward needs (XX, YY and, where used, XY)."""
+    """Elements per group of the full matrices that a backward needs: XX, YY and, where used, XY."""
     n, dx, dy = _rows(x), _features(x), _features(y)
     if feature_side:
         return dx * dx + dy * dy + dx * dy
     return (3 if inter else 2) * (n + inter) ** 2
+
+
+def saved_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
+    """Elements per group that the C++ forward saves: the symmetric XX and YY as triangles."""
+    n, dx, dy = _rows(x), _features(x), _features(y)
+    if feature_side:
+        return dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy
+    n += inter
+    return n * (n + 1) + (n * n if inter else 0)
 
 
 def _rows(v: Tensor) -> int:
@@ -37,14 +46,18 @@ def _accumulator(x: Tensor, y: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
 
 
-def _fake(x, y, compare, centered, cosine, inter, feature_side, save):
+def _fake(x, y, compare, centered, cosine, inter, feature_side, save, size=saved_size):
     groups, terms, dtype = x.shape[0], 1 + inter, _accumulator(x, y)
-    saved = (groups, workspace_size(x, y, inter, feature_side)) if save else (0,)
+    saved = (groups, size(x, y, inter, feature_side)) if save else (0,)
     return (
         x.new_empty((terms, 3, groups), dtype=dtype),
         x.new_empty((terms, groups), dtype=dtype),
         x.new_empty(saved, dtype=dtype),
     )
+
+
+def _fake_triton(*args):
+    return _fake(*args, size=workspace_size)
 
 
 def _fake_backward(
@@ -58,7 +71,7 @@ def _fake_backward(
 
 def _reference(x, y, compare, centered, cosine, inter, feature_side, save):
     products, distance = reference.gram(x, y, compare, centered, cosine, inter, feature_side)
-    saved = (x.shape[0], workspace_size(x, y, inter, feature_side)) if save else (0,)
+    saved = (x.shape[0], saved_size(x, y, inter, feature_side)) if save else (0,)
     return products, distance, products.new_zeros(saved)
 
 
@@ -99,6 +112,7 @@ define(
     _fake,
     _reference,
     _triton,
+    _fake_triton,
 )
 define(
     "gram_backward",
@@ -166,7 +180,7 @@ def gram(
     if chosen == "reference":
         products, distance = reference.gram(x, y, *flags)
     else:
-        matrices = workspace_size(x, y, inter, feature_side)
+        matrices = (workspace_size if chosen == "triton" else saved_size)(x, y, inter, feature_side)
         small = x.shape[0] * matrices <= SAVED_ELEMENTS or matrices <= SAVED_SHARE * n * (dx + dy)
         products, distance = _Gram.apply(x, y, flags, small and not cosine, chosen == "triton")
     return (products.flip(0), distance.flip(0)) if swap else (products, distance)
