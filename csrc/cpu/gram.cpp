@@ -1,5 +1,6 @@
-// Op gram on the CPU: from the small matrices of a group to distances, and from gradients of those to what multiplies the
-// tiles. Formulas: METHODS 1.1 to 1.3 as written in kdfast/reference/gram.py; plan and threads: gram_problem.h.
+// Op gram on the CPU: from the small matrices of a group to distances, and from gradients of those to what
+// multiplies the tiles. Formulas: METHODS 1.1 to 1.3 as written in kdfast/reference/gram.py; plan and
+// threads: gram_problem.h.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -30,7 +31,8 @@ struct NormTerm {
   Factors gradient(Compare compare, double n, const TermGradient& g) const {
     Factors f{2 * g.xy, 4 * g.xx, 4 * g.yy};
     if (compare == Compare::difference) {
-      f.cross -= 4 * g.distance / (n * n), f.own_x += 4 * g.distance / (n * n), f.own_y += 4 * g.distance / (n * n);
+      f.cross -= 4 * g.distance / (n * n), f.own_x += 4 * g.distance / (n * n),
+          f.own_y += 4 * g.distance / (n * n);
     } else if (!empty()) {
       const double scale = 2 * g.distance / (std::sqrt(xx) * std::sqrt(yy));
       f.cross -= scale, f.own_x += scale * xy / xx, f.own_y += scale * xy / yy;
@@ -39,8 +41,8 @@ struct NormTerm {
   }
 };
 
-// The matrices of one group for both terms. Centred: the tiles are doubly centred and have their column means as last
-// row; intra Grams get the row means back, inter ones the column means (both rank-one updates).
+// The matrices of one group for both terms. Centred: the tiles are doubly centred and have their column means
+// as last row; intra Grams get the row means back, inter ones the column means (both rank-one updates).
 template <class A>
 class PairTerms {
  public:
@@ -55,39 +57,22 @@ class PairTerms {
       for (int64_t i = 0; i < n_; ++i) row_means_[s].push_back(static_cast<A>(p.row_mean(s, g)[i] - mean));
       intra_[s] = storage_.get() + 2 * s * n_ * ld_;
       inter_[s] = intra_[s] + n_ * ld_;
-      p.kernels_table().rank_one_updates(grams[s], n_, ld_, row_means(s), p.view(s).features, intra_[s], inter_[s]);
+      p.kernels_table().rank_one_updates(grams[s], n_, ld_, row_means(s), p.view(s).features, intra_[s],
+                                         inter_[s]);
     }
-    if (p.extended()) update_cross();
+    if (p.extended()) p.kernels_table().update_cross(m_, n_, ld_);
     const auto norm = [&](const A* m) { return p.kernels_table().norm_sq(m, n_, n_, ld_); };
     inter = {norm(m_), norm(inter_[0]), norm(inter_[1])};
   }
 
-  A* gram(int side) const { return intra_[side]; }                // of the column-centred X or Y
-  const A* inter_gram(int side) const { return inter_[side]; }    // of the row-centred Xr or Yr
-  const A* cross() const { return m_; }                           // Xr Yr^T; row n and column n hold its sums
+  A* gram(int side) const { return intra_[side]; }              // of the column-centred X or Y
+  const A* inter_gram(int side) const { return inter_[side]; }  // of the row-centred Xr or Yr
+  const A* cross() const { return m_; }                         // Xr Yr^T; row n and column n hold its sums
   const A* row_means(int side) const { return row_means_[side].empty() ? nullptr : row_means_[side].data(); }
 
   NormTerm inter;
 
  private:
-  void update_cross() {
-    const A *last = m_ + n_ * ld_, corner = last[n_];
-    std::vector<double> column_sums(n_, 0.0);
-    std::vector<A> from_y(last, last + n_);
-    for (int64_t i = 0; i < n_; ++i) {
-      A* row = m_ + i * ld_;
-      const A side = row[n_] + corner;
-      double row_sum = 0;
-      for (int64_t j = 0; j < n_; ++j) {
-        row[j] += side + from_y[j];
-        row_sum += static_cast<double>(row[j]);
-        column_sums[j] += static_cast<double>(row[j]);
-      }
-      row[n_] = static_cast<A>(row_sum);
-    }
-    for (int64_t j = 0; j < n_; ++j) m_[n_ * ld_ + j] = static_cast<A>(column_sums[j]);
-  }
-
   int64_t n_, ld_;
   Buffer<A> storage_;
   A *intra_[2], *inter_[2], *m_;
@@ -96,7 +81,8 @@ class PairTerms {
 
 template <class A>
 CompareArgs<A> arguments(const GramProblem<A>& p, A* k, A* l, const TermGradient& g = {}) {
-  return {p.flags().compare, p.flags().centered, p.view(0).rows, p.padded(0), k, l, g.distance, g.xy, g.xx, g.yy};
+  return {
+      p.flags().compare, p.flags().centered, p.view(0).rows, p.padded(0), k, l, g.distance, g.xy, g.xx, g.yy};
 }
 
 template <class A>
@@ -139,7 +125,8 @@ template <class A>
 std::unique_ptr<Buffer<A>> packed(const GramProblem<A>& p, int side, int from, const A* m, int64_t row_stride,
                                   int64_t column_stride = 1, double scale = 1) {
   auto buffer = std::make_unique<Buffer<A>>(p.mix_elements(side, from));
-  p.kernels_table().pack_mix(m, row_stride, column_stride, scale, p.view(side).rows, p.rows(from), buffer->get());
+  p.kernels_table().pack_mix(m, row_stride, column_stride, scale, p.view(side).rows, p.rows(from),
+                             buffer->get());
   return buffer;
 }
 
@@ -178,20 +165,23 @@ GroupMix<A> pair_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
   return mix;
 }
 
-// G X, and where rows were scaled to unit length first, its projection: u_i (Z_i - (x_i . Z_i) x_i) with Z = G Xc.
+// G X, and where rows were scaled to unit length first, its projection: u_i (Z_i - (x_i . Z_i) x_i) with Z =
+// G Xc.
 template <class A>
 GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const TermGradient& gradient) {
   const int64_t n = p.view(0).rows, ld = p.padded(0);
   Buffer<A> gx(n * ld), gy(n * ld), grams(p.flags().cosine ? p.matrix_elements() : 0);
   if (p.flags().cosine) std::memcpy(grams.get(), matrices, p.matrix_elements() * sizeof(A));
-  p.kernels_table().compare_backward(arguments(p, p.xx(matrices), p.yy(matrices), gradient), gx.get(), gy.get());
+  p.kernels_table().compare_backward(arguments(p, p.xx(matrices), p.yy(matrices), gradient), gx.get(),
+                                     gy.get());
   GroupMix<A> mix;
   for (int s : {0, 1}) {
     A* g = s ? gy.get() : gx.get();
     if (p.flags().cosine) {
       const A *gram = s ? p.yy(grams.get()) : p.xx(grams.get()), *u = p.row_scale(s, group);
       for (int64_t i = 0; i < n; ++i) {
-        // x_i . Z_i = sum_j G_ij x_i . xc_j; the uncentred x_i is xc_i plus the mean, which is the tile's last row.
+        // x_i . Z_i = sum_j G_ij x_i . xc_j; the uncentred x_i is xc_i plus the mean, which is the tile's
+        // last row.
         double q = 0;
         for (int64_t j = 0; j < n; ++j) {
           const double mean_part = p.extended() ? static_cast<double>(gram[j * ld + n]) : 0.0;
@@ -226,20 +216,24 @@ void for_saved_rows(const GramProblem<A>& p, A* matrices, A* saved, bool load) {
 
 GramFlags flags_of(const Tensor& x, const Tensor& y, int64_t compare, bool centered, bool cosine, bool inter,
                    bool feature_side) {
-  KD_CHECK(x.dim() == 6 && y.dim() == 6, "gram: x and y must be views [G, R1, R2, F1, F2, F3], got ", x.dim(), " and ",
-           y.dim(), " axes");
+  KD_CHECK(x.dim() == 6 && y.dim() == 6, "gram: x and y must be views [G, R1, R2, F1, F2, F3], got ", x.dim(),
+           " and ", y.dim(), " axes");
   for (int a = 0; a < 3; ++a) {
-    KD_CHECK(x.size(a) == y.size(a), "gram: x and y must share groups and rows, axis ", a, " has ", x.size(a), " and ",
-             y.size(a));
+    KD_CHECK(x.size(a) == y.size(a), "gram: x and y must share groups and rows, axis ", a, " has ", x.size(a),
+             " and ", y.size(a));
   }
   for (int a = 3; a < 6 && inter; ++a) {
-    KD_CHECK(x.size(a) == y.size(a), "gram: inter needs equal features, axis ", a, " has ", x.size(a), " and ", y.size(a));
+    KD_CHECK(x.size(a) == y.size(a), "gram: inter needs equal features, axis ", a, " has ", x.size(a),
+             " and ", y.size(a));
   }
-  KD_CHECK(0 <= compare && compare <= static_cast<int64_t>(Compare::difference), "gram: unknown comparison ", compare);
+  KD_CHECK(0 <= compare && compare <= static_cast<int64_t>(Compare::difference), "gram: unknown comparison ",
+           compare);
   const auto c = static_cast<Compare>(compare);
   KD_CHECK(!inter || (c == Compare::cka && !cosine && !feature_side), "gram: inter goes with plain cka only");
-  KD_CHECK(!feature_side || c == Compare::cka || c == Compare::difference, "gram: no feature side for comparison ", compare);
-  KD_CHECK(!(feature_side && cosine && centered), "gram: the feature side of centred unit rows is not implemented");
+  KD_CHECK(!feature_side || c == Compare::cka || c == Compare::difference,
+           "gram: no feature side for comparison ", compare);
+  KD_CHECK(!(feature_side && cosine && centered),
+           "gram: the feature side of centred unit rows is not implemented");
   return {c, centered, cosine, inter, feature_side};
 }
 
@@ -248,7 +242,8 @@ Tensor empty(const Tensor& like, std::vector<int64_t> size, bool wide) {
 }
 
 template <class A>
-void forward(const Tensor& x, const Tensor& y, const GramFlags& flags, Tensor& products, Tensor& distance, Tensor& saved) {
+void forward(const Tensor& x, const Tensor& y, const GramFlags& flags, Tensor& products, Tensor& distance,
+             Tensor& saved) {
   const GramProblem<A> p(x, y, flags);
   const int64_t groups = p.groups(), terms = flags.inter ? 2 : 1;
   A *to_products = static_cast<A*>(products.data_ptr()), *to_distance = static_cast<A*>(distance.data_ptr());
@@ -259,7 +254,8 @@ void forward(const Tensor& x, const Tensor& y, const GramFlags& flags, Tensor& p
     forward_group(p, g, matrices, group_products, group_distance);
     for (int64_t t = 0; t < terms; ++t) {
       to_distance[t * groups + g] = static_cast<A>(group_distance[t]);
-      for (int64_t i = 0; i < 3; ++i) to_products[(t * 3 + i) * groups + g] = static_cast<A>(group_products[3 * t + i]);
+      for (int64_t i = 0; i < 3; ++i)
+        to_products[(t * 3 + i) * groups + g] = static_cast<A>(group_products[3 * t + i]);
     }
   });
 }
@@ -276,7 +272,8 @@ void backward(const Tensor& grad_products, const Tensor& grad_distance, const Te
     const auto product = [&](int64_t i) {
       return gp[term * grad_products.stride(0) + i * grad_products.stride(1) + g * grad_products.stride(2)];
     };
-    return {product(0), product(1), product(2), gd[term * grad_distance.stride(0) + g * grad_distance.stride(1)]};
+    return {product(0), product(1), product(2),
+            gd[term * grad_distance.stride(0) + g * grad_distance.stride(1)]};
   };
   const auto mix_of = [&](int64_t g, A* matrices) {
     if (flags.feature_side) return feature_mix(p, matrices, gradient_of(0, g));
@@ -330,11 +327,13 @@ bool is_wide(const Tensor& x, const Tensor& y) {
 std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, const Tensor& y, int64_t compare, bool centered,
                                             bool cosine, bool inter, bool feature_side, bool save) {
   const GramFlags flags = flags_of(x, y, compare, centered, cosine, inter, feature_side);
-  KD_CHECK(!(save && cosine), "gram: save must be False with cosine, whose backward also needs the row norms");
+  KD_CHECK(!(save && cosine),
+           "gram: save must be False with cosine, whose backward also needs the row norms");
   const bool wide = is_wide(x, y);
   const int64_t groups = x.size(0), terms = inter ? 2 : 1, n = x.size(1) * x.size(2) + inter;
   const int64_t dx = x.size(3) * x.size(4) * x.size(5), dy = y.size(3) * y.size(4) * y.size(5);
-  const int64_t per_group = feature_side ? dx * (dx + 1) / 2 + dy * (dy + 1) / 2 + dx * dy : n * (n + 1) + inter * n * n;
+  const int64_t per_group =
+      feature_side ? dx * (dx + 1) / 2 + dy * (dy + 1) / 2 + dx * dy : n * (n + 1) + inter * n * n;
   Tensor products = empty(x, {terms, 3, groups}, wide), distance = empty(x, {terms, groups}, wide);
   Tensor saved = save ? empty(x, {groups, per_group}, wide) : empty(x, {0}, wide);
   if (wide) {
@@ -345,9 +344,10 @@ std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, const Tensor& y, in
   return {products, distance, saved};
 }
 
-std::tuple<Tensor, Tensor> gram_backward_cpu(const Tensor& grad_products, const Tensor& grad_distance, const Tensor& x,
-                                             const Tensor& y, const Tensor& saved, int64_t compare, bool centered,
-                                             bool cosine, bool inter, bool feature_side, bool need_x, bool need_y) {
+std::tuple<Tensor, Tensor> gram_backward_cpu(const Tensor& grad_products, const Tensor& grad_distance,
+                                             const Tensor& x, const Tensor& y, const Tensor& saved,
+                                             int64_t compare, bool centered, bool cosine, bool inter,
+                                             bool feature_side, bool need_x, bool need_y) {
   const GramFlags flags = flags_of(x, y, compare, centered, cosine, inter, feature_side);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor grad_y = need_y ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});

@@ -1,7 +1,7 @@
 #pragma once
 
-// Comparisons of two Grams and their gradients (kdfast/reference/gram.py names them). Row sums run in vectors of the
-// accumulation type, sums over rows in double. Included by gram.simd.cpp only.
+// Comparisons of two Grams and their gradients (kdfast/reference/gram.py names them). Row sums run in vectors
+// of the accumulation type, sums over rows in double. Included by gram.simd.cpp only.
 
 #include "cpu/gram.h"
 #include "cpu/simd.h"
@@ -69,7 +69,8 @@ void u_center(A* k, int64_t n, int64_t ld, double* row_means) {
   total /= static_cast<double>(n - 1);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < n; ++j) {
-      k[i * ld + j] = static_cast<A>(static_cast<double>(k[i * ld + j]) - row_means[i] - row_means[j] + total);
+      k[i * ld + j] =
+          static_cast<A>(static_cast<double>(k[i * ld + j]) - row_means[i] - row_means[j] + total);
     }
     k[i * ld + i] = 0;
   }
@@ -123,7 +124,8 @@ double norm_sq(const A* m, int64_t rows, int64_t columns, int64_t ld) {
 }
 
 template <class A>
-void rank_one_updates(const A* gram, int64_t n, int64_t ld, const A* r, int64_t features, A* intra, A* inter) {
+void rank_one_updates(const A* gram, int64_t n, int64_t ld, const A* r, int64_t features, A* intra,
+                      A* inter) {
   const A *last = gram + n * ld, corner = last[n];
   for (int64_t i = 0; i < n; ++i) {
     const A *row = gram + i * ld, scale = static_cast<A>(features) * r[i], side = row[n] + corner;
@@ -131,6 +133,20 @@ void rank_one_updates(const A* gram, int64_t n, int64_t ld, const A* r, int64_t 
       intra[i * ld + j] = row[j] + scale * r[j];
       inter[i * ld + j] = row[j] + (side + last[j]);
     }
+  }
+}
+
+template <class A>
+void update_cross(A* m, int64_t n, int64_t ld) {
+  A *last = m + n * ld, corner = last[n];
+  for (int64_t i = 0; i < n; ++i) {
+    A *row = m + i * ld, side = row[n] + corner;
+    for (int64_t j = 0; j < n; ++j) row[j] += side + last[j];
+    row[n] = static_cast<A>(sum(row, n));
+  }
+  for (int64_t j = 0; j < n; ++j) last[j] = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) last[j] += m[i * ld + j];
   }
 }
 
@@ -148,7 +164,8 @@ void add_inter(A* g, const A* inter, double factor, const A* r, int64_t n, int64
   }
 }
 
-// Row means or inverse roots of two matrices; the compare functions run once per group, so an allocation is cheap there.
+// Row means or inverse roots of two matrices; the compare functions run once per group, so an allocation is
+// cheap there.
 struct Scratch {
   double* data;
   explicit Scratch(int64_t n) : data(static_cast<double*>(__builtin_malloc((2 * n + 1) * sizeof(double)))) {}
@@ -212,7 +229,8 @@ double compare(const CompareArgs<A>& c, double* products) {
     case Compare::mean: {
       double sk = 0, sl = 0;
       for (int64_t i = 0; i < c.n; ++i) sk += sum(c.k + i * c.ld, c.n), sl += sum(c.l + i * c.ld, c.n);
-      const double m = p.xx > 0 ? sk / (n * __builtin_sqrt(p.xx)) : 0, t = p.yy > 0 ? sl / (n * __builtin_sqrt(p.yy)) : 0;
+      const double m = p.xx > 0 ? sk / (n * __builtin_sqrt(p.xx)) : 0,
+                   t = p.yy > 0 ? sl / (n * __builtin_sqrt(p.yy)) : 0;
       return (m - t) * (m - t) / 2;
     }
     case Compare::difference:
@@ -282,7 +300,8 @@ void compare_backward(const CompareArgs<A>& c, A* gx, A* gy) {
   const Scratch scratch(c.n);
   const Products p = transform(c, scratch.data);
   const double n = static_cast<double>(c.n);
-  double own_x = 4 * c.gxx, own_y = 4 * c.gyy, cross = 2 * c.gxy;  // gx = own_x K + cross L, gy = own_y L + cross K
+  double own_x = 4 * c.gxx, own_y = 4 * c.gyy,
+         cross = 2 * c.gxy;  // gx = own_x K + cross L, gy = own_y L + cross K
   switch (c.compare) {
     case Compare::cka:
     case Compare::cka_row:
@@ -302,7 +321,8 @@ void compare_backward(const CompareArgs<A>& c, A* gx, A* gy) {
         scale_rows_backward(gy, c.l, scratch.data + c.n, c.n, c.ld);
         add_transpose(gx, c.n, c.ld);
         add_transpose(gy, c.n, c.ld);
-        if (c.centered) double_center(gx, c.n, c.ld, scratch.data), double_center(gy, c.n, c.ld, scratch.data);
+        if (c.centered)
+          double_center(gx, c.n, c.ld, scratch.data), double_center(gy, c.n, c.ld, scratch.data);
       }
       return;
     case Compare::row_cosine:

@@ -190,7 +190,7 @@ def _feature_side_is_cheaper(n: int, dx: int, dy: int, compare: str, centered: b
     if compare not in ("cka", "difference") or (cosine and centered):
         return False
     # Multiply-adds: two symmetric D x D products and a full one against two symmetric N x N Grams.
-    return n * (dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy) < n * (n + 1) // 2 * (dx + dy)
+    return n * (dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy) <= n * (n + 1) // 2 * (dx + dy)
 
 
 def transposed(v: Tensor) -> Tensor:
