@@ -71,8 +71,8 @@ def precision(*dtypes: torch.dtype) -> str:
 def options(warps: int, stages: int = 2, keep: bool = True) -> dict[str, int]:
     """Compiler options of a launch.
 
-    Left alone, ptxas may spill a few registers so that more programs fit a multiprocessor; ``keep`` names the largest
-    number of registers, which stops that. Without it ptxas schedules unrolled code less greedily.
+    Left alone, ptxas may spill a few registers so that more programs fit a multiprocessor; ``keep`` names the
+    largest number of registers, which stops that. Without it ptxas schedules unrolled code less greedily.
     """
     registers = {"maxnreg": 255} if keep and torch.version.hip is None else {}
     return {"num_warps": warps, "num_stages": stages, **registers}

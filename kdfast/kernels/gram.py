@@ -1,17 +1,17 @@
 """Triton backend of the op ``gram``: which kernels run, at which sizes. Kernels: gram_products, gram_compare.
 
-* Gram side: K = Xc Xc^T and L, compared as N x N matrices; the gradient is a small matrix times Xc. At most
-  128 rows are held by one program, which centres them inside its tile and reads every element once; more rows
-  go in tiles.
+* Gram side: K = Xc Xc^T and L, compared as N x N matrices; the gradient is a small matrix times Xc. Up to 128
+  rows (80 where products are float32) are held by one program, which centres them inside its tile and reads
+  every element once; more rows go in tiles.
 * Transposed comparisons (``inter``, ``feature_side``): |P^T Q|^2 = <P P^T, Q Q^T> turns a product over the
   rows of a view into one over its columns, and back. ``inter`` takes P = X and compares X^T by the N x N
   products P P^T, Q Q^T and P Q^T; ``feature_side`` takes P = X^T and compares X by D x D products. Both are
   one path here.
 
-Launches for at most 128 rows: forward 2 (products, comparison; a sum between where columns are split),
-backward 2. Sizes are fixed by the shapes alone, so that results do not depend on the load. They aim at 512
-programs, about four for each multiprocessor of a large GPU; columns are split into at most 64 parts, because
-each part costs N^2 floats written and read again.
+Launches where one program holds all rows: forward 2 (products, comparison; a sum between where columns are
+split), backward 2. Sizes are fixed by the shapes alone, so that results do not depend on the load. They aim
+at 512 programs, about four for each multiprocessor of a large GPU; columns are split into at most 64 parts,
+because each part costs N^2 floats written and read again.
 """
 
 from __future__ import annotations

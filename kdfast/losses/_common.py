@@ -48,7 +48,9 @@ def check_pair(student: Tensor, teacher: Tensor, min_dim: int = 2) -> None:
         problem = "must have equally many samples (axis 0)"
     else:
         return
-    raise ValueError(f"student and teacher {problem}, got student {describe(student)}, teacher {describe(teacher)}")
+    raise ValueError(
+        f"student and teacher {problem}, got student {describe(student)}, teacher {describe(teacher)}"
+    )
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

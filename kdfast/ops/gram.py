@@ -168,7 +168,9 @@ def gram(
     side (N x N Grams or D x D products) is chosen here.
     """
     n, dx, dy = _rows(x), _features(x), _features(y)
-    swap = inter and n > dx  # the transposed problem has the smaller Grams; its intra term is this one's inter term
+    swap = (
+        inter and n > dx
+    )  # the transposed problem has the smaller Grams; its intra term is this one's inter term
     if inter and x.shape[3:] != y.shape[3:]:
         x, y = (v.flatten(3)[..., None, None] for v in (x, y))
     if swap:
