@@ -39,11 +39,13 @@ const GramKernels<A>& gram_kernels() {
   }
 }
 
-constexpr int64_t kTileBytes = 200 * 1024;  // of one tile: two of them fit an L2 cache of 512 KB
-constexpr int64_t kManyGroups = 8;          // from here on one task per group
-constexpr int64_t kTasks = 8;               // wanted where there are fewer groups
-constexpr int64_t kSplits = 16;             // of the features of a group, at the most
-constexpr int64_t kPartialBytes = 1 << 19;  // of partial matrices, or 1/32 of the inputs
+constexpr int64_t kTileBytes = 200 * 1024;          // of one tile: two of them fit an L2 cache of 512 KB
+constexpr int64_t kMinChunk = 64, kMaxChunk = 512;  // columns of a tile
+constexpr int64_t kManyGroups = 8;                  // from here on one task per group
+constexpr int64_t kTasks = 8;                       // wanted where there are fewer groups
+constexpr int64_t kTaskElements = 1 << 15;          // to read, below which a second thread does not pay
+constexpr int64_t kSplits = 16;                     // of the features of a group, at the most
+constexpr int64_t kPartialBytes = 1 << 19;          // of partial matrices, or 1/32 of the inputs
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
@@ -213,9 +215,9 @@ class GramProblem {
   A* column_scale(int side, A* tile) const { return tile + padded_[side] * ld_[side]; }
 
   int64_t chunk_size(int64_t padded_rows, int64_t features) const {
-    const int64_t fit = kTileBytes / (padded_rows * static_cast<int64_t>(sizeof(A)));
-    const int64_t chunk = round_up(std::clamp<int64_t>(fit, 64, 512) - k_.lanes + 1, k_.lanes);
-    return std::min(chunk, round_up(std::max<int64_t>(features, 1), k_.lanes));
+    const int64_t fit = kTileBytes / (padded_rows * static_cast<int64_t>(sizeof(A))) / k_.lanes * k_.lanes;
+    const int64_t share = groups_ < kManyGroups ? round_up(ceil_div(features, kTasks), k_.lanes) : kMaxChunk;
+    return std::clamp<int64_t>(std::min(fit, share), kMinChunk, kMaxChunk);
   }
   // An odd number of cache lines spreads the rows of a tile over the sets of the L1 cache.
   int64_t tile_ld(int64_t columns) const {
@@ -276,7 +278,8 @@ class GramProblem {
       const int64_t chunks = chunks_of(s),
                     splits = std::min<int64_t>(chunks, groups_ >= kManyGroups ? 1 : kTasks);
       std::vector<double> sums(2 * splits * total, 0.0);
-      parallel_for(0, groups_ * splits, 1, [&](int64_t begin, int64_t end) {
+      const int64_t grain = ceil_div(kTaskElements, ceil_div(n * v.features, splits));
+      parallel_for(0, groups_ * splits, grain, [&](int64_t begin, int64_t end) {
         Buffer<A> tile(tile_elements(s)), first_column(n * k_.lanes);
         for (int64_t task = begin; task < end; ++task) {
           const int64_t g = task / splits, split = task % splits;
