@@ -230,7 +230,7 @@ class _Call:
         dx, dy = (self.contracted, self.contracted) if cross else (self.dx, self.dy)
         count = nx * nx + ny * ny + cross * nx * ny
         tile = self._pair_tile(max(nx, ny))
-        columns, tiles = self._columns(tile), triton.cdiv(max(nx, ny), tile)
+        columns, tiles = min(32, self._columns(tile)), triton.cdiv(max(nx, ny), tile)
         programs = self.groups * (2 + cross) * tiles * tiles
         splits = self._splits(programs, max(dx, dy), columns)
         parts = self._parts(splits, count, into)
@@ -350,7 +350,7 @@ class _Call:
             splits = self._splits(sides * self.groups, max(self.dx, self.dy), columns)
             config = self._config(r0, r1, columns, 1, self.vx, self.vy, ox, oy)
             args = (self.vx, self.vy, ox, oy, small, self.n, self.dx, self.dy, splits, first, sides, config)
-            gram_products.whole_apply[(splits * sides * self.groups,)](*args, **options(warps, keep=not ieee))
+            gram_products.whole_apply[(splits * sides * self.groups,)](*args, **options(warps, keep=False))
             return
         nothing = self.x.new_empty(0, dtype=self.dtype)
         gram_args = (nothing, nothing, nothing) if small is None else (small, *self._column_means())
