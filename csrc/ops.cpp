@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/gram_ops.h"
+#ifdef KD_WITH_CUDA
+#include "cuda/gram_ops.h"
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("gram", TORCH_BOX(&kd::gram_cpu));
@@ -13,5 +16,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
 }
 
 #ifdef KD_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) { (void)m; }
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
+  m.impl("gram", TORCH_BOX(&kd::gram_cuda));
+  m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cuda));
+}
 #endif

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of the gram op, compiled for the CPU with tests/cuda_emulator: logic and indexing without a GPU."""
+"""The CUDA C++ kernels of the gram op on the CPU, by tests/cuda_emulator: logic and indexing without a GPU."""
 
 import ctypes
 import shutil

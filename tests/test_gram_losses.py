@@ -30,6 +30,7 @@ def cka(k: Tensor, l: Tensor) -> Tensor:
 
 def close(got: Tensor, want: Tensor, tolerance: float = 2e-6) -> None:
     assert got.dtype == torch.float32 and got.shape == ()
+    got, want = got.detach(), want.detach()
     assert abs(float(got) - float(want)) <= tolerance * max(1.0, abs(float(want))), (float(got), float(want))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend
+from ..kernels import gram_cuda
 from ..reference import gram as reference
 from ..reference.gram import COMPARISONS
 from ._define import define
@@ -26,7 +28,9 @@ def workspace_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int
 
 
 def saved_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
-    """Elements per group that the C++ forward saves: the symmetric XX and YY as triangles."""
+    """Elements per group that the C++ forward saves: on the CPU the symmetric XX and YY as triangles."""
+    if x.device.type == "cuda":
+        return workspace_size(x, y, inter, feature_side)
     n, dx, dy = _rows(x), _features(x), _features(y)
     if feature_side:
         return dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy
@@ -178,7 +182,7 @@ def gram(
         n, dx, dy = dx, n, n
     feature_side = not inter and _feature_side_is_cheaper(n, dx, dy, compare, centered, cosine)
     flags = (COMPARISONS.index(compare), centered, cosine, inter, feature_side)
-    chosen = backend.choose("gram", x.device.type, ("triton",))
+    chosen = backend.choose("gram", x.device.type, ("cuda", "triton"), partial(_unsupported, x, y, flags))
     if chosen == "reference":
         products, distance = reference.gram(x, y, *flags)
     else:
@@ -186,6 +190,11 @@ def gram(
         small = x.shape[0] * matrices <= SAVED_ELEMENTS or matrices <= SAVED_SHARE * n * (dx + dy)
         products, distance = _Gram.apply(x, y, flags, small and not cosine, chosen == "triton")
     return (products.flip(0), distance.flip(0)) if swap else (products, distance)
+
+
+def _unsupported(x: Tensor, y: Tensor, flags: tuple, name: str) -> str | None:
+    compare, _, cosine, _, feature_side = flags
+    return gram_cuda.unsupported(x, y, compare, cosine, feature_side) if name == "cuda" else None
 
 
 def _feature_side_is_cheaper(n: int, dx: int, dy: int, compare: str, centered: bool, cosine: bool) -> bool:
