@@ -130,16 +130,35 @@ std::unique_ptr<Buffer<A>> packed(const GramProblem<A>& p, int side, int from, c
   return buffer;
 }
 
+// A matrix for each side whose gradient is wanted, else null.
+template <class A>
+class SideGrams {
+ public:
+  SideGrams(const GramProblem<A>& p, int64_t elements) {
+    for (int s : {0, 1}) {
+      if (p.wants(s)) grams_[s] = std::make_unique<Buffer<A>>(elements);
+    }
+  }
+  A* get(int side) const { return grams_[side] ? grams_[side]->get() : nullptr; }
+
+ private:
+  std::unique_ptr<Buffer<A>> grams_[2];
+};
+
 template <class A>
 GroupMix<A> feature_mix(const GramProblem<A>& p, A* matrices, const TermGradient& g) {
   const int64_t samples = p.view(0).features, ldx = p.padded(0), ldy = p.padded(1);
   auto f = feature_term(p, matrices).gradient(p.flags().compare, static_cast<double>(samples), g);
   if (p.flags().centered && samples <= 2) f = {0, 0, 0};
   GroupMix<A> mix;
-  mix.own[0] = packed(p, 0, 0, p.xx(matrices), ldx, 1, f.own_x);
-  mix.other[0] = packed(p, 0, 1, p.xy(matrices), ldy, 1, f.cross);
-  mix.own[1] = packed(p, 1, 1, p.yy(matrices), ldy, 1, f.own_y);
-  mix.other[1] = packed(p, 1, 0, p.xy(matrices), 1, ldy, f.cross);
+  if (p.wants(0)) {
+    mix.own[0] = packed(p, 0, 0, p.xx(matrices), ldx, 1, f.own_x);
+    mix.other[0] = packed(p, 0, 1, p.xy(matrices), ldy, 1, f.cross);
+  }
+  if (p.wants(1)) {
+    mix.own[1] = packed(p, 1, 1, p.yy(matrices), ldy, 1, f.own_y);
+    mix.other[1] = packed(p, 1, 0, p.xy(matrices), 1, ldy, f.cross);
+  }
   return mix;
 }
 
@@ -151,11 +170,12 @@ GroupMix<A> pair_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
   const PairTerms<A> terms(p, group, matrices);
   auto f = terms.inter.gradient(p.flags().compare, static_cast<double>(p.view(0).features), inter);
   if (p.flags().centered && p.view(0).features <= 2) f = {0, 0, 0};
-  Buffer<A> gx(n * ld), gy(n * ld);
-  p.kernels_table().compare_backward(arguments(p, terms.gram(0), terms.gram(1), intra), gx.get(), gy.get());
+  const SideGrams<A> g(p, n * ld);
+  p.kernels_table().compare_backward(arguments(p, terms.gram(0), terms.gram(1), intra), g.get(0), g.get(1));
   GroupMix<A> mix;
   for (int s : {0, 1}) {
-    A* own = s ? gy.get() : gx.get();
+    if (!p.wants(s)) continue;
+    A* own = g.get(s);
     if (p.extended()) mix.bias[s] = std::make_unique<Buffer<A>>(n);
     p.kernels_table().add_inter(own, terms.inter_gram(s), s ? f.own_y : f.own_x, terms.row_means(s), n, ld,
                                 mix.get(s).bias);
@@ -170,13 +190,15 @@ GroupMix<A> pair_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
 template <class A>
 GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const TermGradient& gradient) {
   const int64_t n = p.view(0).rows, ld = p.padded(0);
-  Buffer<A> gx(n * ld), gy(n * ld), grams(p.flags().cosine ? p.matrix_elements() : 0);
+  const SideGrams<A> sides(p, n * ld);
+  Buffer<A> grams(p.flags().cosine ? p.matrix_elements() : 0);
   if (p.flags().cosine) std::memcpy(grams.get(), matrices, p.matrix_elements() * sizeof(A));
-  p.kernels_table().compare_backward(arguments(p, p.xx(matrices), p.yy(matrices), gradient), gx.get(),
-                                     gy.get());
+  p.kernels_table().compare_backward(arguments(p, p.xx(matrices), p.yy(matrices), gradient), sides.get(0),
+                                     sides.get(1));
   GroupMix<A> mix;
   for (int s : {0, 1}) {
-    A* g = s ? gy.get() : gx.get();
+    if (!p.wants(s)) continue;
+    A* g = sides.get(s);
     if (p.flags().cosine) {
       const A *gram = s ? p.yy(grams.get()) : p.xx(grams.get()), *u = p.row_scale(s, group);
       for (int64_t i = 0; i < n; ++i) {

@@ -120,6 +120,7 @@ class GramProblem {
   const GramView& view(int side) const { return views_[side]->view; }
   bool extended() const { return extend_; }
   bool cross() const { return cross_; }
+  bool wants(int side) const { return gradient_views_[side] != nullptr; }
   int64_t rows(int side) const { return rows_[side]; }      // of a tile: the view's, and one of column means
   int64_t padded(int side) const { return padded_[side]; }  // leading dimension of the matrices
   int64_t matrix_elements() const { return elements_; }
