@@ -172,7 +172,10 @@ def _unit_rows(x: Tensor) -> Tensor:
 
 def _scale_rows(k: Tensor) -> Tensor:
     """K_ij / sqrt(K_ii); a zero row stays zero."""
-    diagonal = k.diagonal(dim1=1, dim2=2)[:, :, None]
+    eye = torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
+    diagonal = (k * eye).sum(
+        2, keepdim=True
+    )  # not k.diagonal(): inductor (torch 2.13) miscompiles its backward here
     return k * torch.where(diagonal > 0, torch.where(diagonal > 0, diagonal, 1.0).rsqrt(), 0.0)
 
 
