@@ -31,9 +31,9 @@ enum class Average : int { channel, batch, spatial };
 constexpr int64_t kBlockBytes = 4 << 20;      // wanted for the patch matrices of a block, per side
 constexpr int64_t kMostBlockBytes = 16 << 20;  // taken where kBlockGroups groups need it
 constexpr int64_t kBlockGroups = 8;            // enough for one task per group in the gram op
-constexpr int64_t kPlanes = 16;                // channels that a task reads together where they are neighbours in memory
+constexpr int64_t kPlanes = 16;                // channels that a task works on together where they are neighbours in a map or a matrix
 
-int64_t padded(int64_t n) { return (n + kTapLanes - 1) / kTapLanes * kTapLanes; }
+int64_t padded(int64_t n) { return (n + kLinePadding - 1) / kLinePadding * kLinePadding; }
 
 template <class A>
 const PatchKernels<A>& patch_kernels() {
@@ -76,7 +76,7 @@ class Taps {
   }
 
   AxisTaps<A> get() const {
-    return {in_, out_, padded(out_), count_, index_.data(), weight_.data(), first_.empty() ? nullptr : first_.data()};
+    return {in_, out_, padded(out_), count_, index_.data(), weight_.data(), first_.data(), windows_};
   }
 
  private:
@@ -89,25 +89,30 @@ class Taps {
     in_ = in, out_ = static_cast<int64_t>(of_output.size()), count_ = 1;
     for (const auto& taps : of_output) count_ = std::max(count_, static_cast<int64_t>(taps.size()));
     const int64_t ld = padded(out_);
-    index_.assign(count_ * ld, 0), weight_.assign(count_ * ld, A(0)), first_.assign(ld / kTapLanes, 0);
-    for (int64_t begin = 0; begin < ld; begin += kTapLanes) {
-      int32_t lowest = INT32_MAX, highest = 0;
-      for (int64_t o = begin; o < std::min(begin + kTapLanes, out_); ++o) {
-        for (const Tap& t : of_output[o]) lowest = std::min(lowest, t.index), highest = std::max(highest, t.index);
-      }
-      lowest = std::min(lowest, highest);
-      if (!first_.empty()) first_[begin / kTapLanes] = lowest;
-      if (highest - lowest >= 2 * kTapLanes) first_.clear();
-      for (int64_t o = begin; o < begin + kTapLanes; ++o) {
-        for (int64_t k = 0; k < count_; ++k) {
-          const bool used = o < out_ && k < static_cast<int64_t>(of_output[o].size());
-          index_[k * ld + o] = used ? of_output[o][k].index : lowest;
-          weight_[k * ld + o] = used ? static_cast<A>(of_output[o][k].weight) : A(0);
+    index_.assign(count_ * ld, 0), weight_.assign(count_ * ld, A(0)), first_.assign(count_ * ld / kTapLanes, 0);
+    windows_ = 1;
+    for (int64_t k = 0; k < count_; ++k) {
+      for (int64_t begin = 0; begin < ld; begin += kTapLanes) {
+        const int64_t end = std::min(begin + kTapLanes, out_);
+        const auto used = [&](int64_t o) { return o < end && k < static_cast<int64_t>(of_output[o].size()); };
+        int32_t lowest = INT32_MAX, highest = 0;
+        for (int64_t o = begin; o < end; ++o) {
+          if (!used(o)) continue;
+          lowest = std::min(lowest, of_output[o][k].index), highest = std::max(highest, of_output[o][k].index);
+        }
+        lowest = std::min(lowest, highest);
+        first_[(k * ld + begin) / kTapLanes] = lowest;
+        const int64_t windows = (highest - lowest) / kTapLanes + 1;
+        windows_ = windows > 2 || windows_ == 0 ? 0 : std::max(windows_, static_cast<int>(windows));
+        for (int64_t o = begin; o < begin + kTapLanes; ++o) {
+          index_[k * ld + o] = used(o) ? of_output[o][k].index : lowest;
+          weight_[k * ld + o] = used(o) ? static_cast<A>(of_output[o][k].weight) : A(0);
         }
       }
     }
   }
 
+  int windows_;
   int64_t in_, out_, count_;
   std::vector<int32_t> index_, first_;
   std::vector<A> weight_;
@@ -166,10 +171,10 @@ class PatchedMap {
       tile.u = grid_.patch_w * group, tile.v = group;
       tile.first_u = begin / grid_.patch_w, tile.last_u = end / grid_.patch_w;
     }
-    const int64_t together = map.stride(1) == 1 ? kPlanes : 1, tasks = (channels + together - 1) / together;
-    const int64_t height = std::max(map.size(2), grid_.rows * grid_.patch_h);
-    const int64_t width = std::max(map.size(3), grid_.columns * grid_.patch_w);
-    const int64_t scratch_elements = together * (height + 2) * (padded(width) + 3 * kTapLanes);
+    const int64_t together = map.stride(1) == 1 || spatial ? kPlanes : 1, tasks = (channels + together - 1) / together;
+    const int64_t width = padded(std::max(map.size(3), grid_.columns * grid_.patch_w)) + 2 * kTapLanes;
+    const int64_t lines = std::max(rows_.get().count, rows_adjoint_.get().count) + 2;  // patch_scratch()
+    const int64_t scratch_elements = together * lines * width;
     const int64_t itemsize = gram_dtype(map) == Dtype::f64 ? 8 : gram_dtype(map) == Dtype::f32 ? 4 : 2;
     char* data = static_cast<char*>(const_cast<void*>(map.const_data_ptr()));
     parallel_for(0, images * tasks, 1, [&](int64_t task_begin, int64_t task_end) {

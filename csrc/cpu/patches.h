@@ -9,16 +9,18 @@
 
 namespace kd {
 
-// A sparse linear map along one axis: out[o] = sum_k weight[k, o] * in[index[k, o]]. Rows of both tables are padded to
-// kTapLanes with weight 0.
-constexpr int64_t kTapLanes = 16;
+// A sparse linear map along one axis: out[o] = sum_k weight[k, o] * in[index[k, o]], index ascending in k and in o. Rows of
+// the tables, and lines of a plane, are padded to kLinePadding with weight 0.
+constexpr int64_t kTapLanes = 8, kLinePadding = 16;
 
 template <class A>
 struct AxisTaps {
   int64_t in, out, padded, count;
   const int32_t* index;  // [count, padded]
   const A* weight;       // [count, padded]
-  const int32_t* first;  // [padded / kTapLanes]: 2 kTapLanes inputs from here serve a run of outputs; null if some do not
+  // windows * kTapLanes inputs from first[k, o / kTapLanes] serve kTapLanes outputs; windows 0: more than two are needed.
+  const int32_t* first;
+  int windows;
 };
 
 // Some planes [in rows, in columns] of a map.
@@ -36,7 +38,8 @@ struct PatchTile {
 
 template <class A>
 struct PatchKernels {
-  // Patches of resized planes. rows, columns: from the map to the resized map. scratch: patch_scratch() elements.
+  // Patches of resized planes. rows, columns: from the map to the resized map. scratch: per plane,
+  // rows.count + 2 lines of the wider map plus 3 * kTapLanes.
   void (*read)(const MapPlanes&, const AxisTaps<A>& rows, const AxisTaps<A>& columns, const PatchTile&, A* tile, A* scratch);
   // The adjoint; rows, columns: from the resized map to the map. add: to what is there.
   void (*write)(const MapPlanes&, const AxisTaps<A>& rows, const AxisTaps<A>& columns, const PatchTile&, const A* tile,

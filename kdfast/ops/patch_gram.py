@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from .. import backend
 from ..reference import patch_gram as reference
 from ..reference.gram import COMPARISONS
+from ..reference.gram import gram as reference_gram
 from ..reference.patch_gram import AVERAGES, Grid
 from ._define import define
 from .gram import SAVED_ELEMENTS, SAVED_SHARE, gram, workspace_size
@@ -45,7 +46,9 @@ def _accumulator(x: Tensor, y: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
 
 
-def _fake(x, y, ph, pw, rows, columns, bilinear, average, compare, centered, cosine, inter, feature_side, turn, save):
+def _fake(
+    x, y, ph, pw, rows, columns, bilinear, average, compare, centered, cosine, inter, feature_side, turn, save
+):
     grid = Grid(ph, pw, rows, columns, bilinear, average)
     mx, my = (_matrices(v, grid, turn) for v in (x, y))
     groups, terms, dtype = mx.shape[0], 1 + inter, _accumulator(x, y)
@@ -82,7 +85,8 @@ def _reference_backward(grad_products, grad_distance, x, y, saved, *arguments):
             torch.autograd.grad(outputs, needed, (grad_products, grad_distance), materialize_grads=True)
         )
     return tuple(
-        torch.empty_like(v).copy_(next(found)) if need else v.new_empty(0) for v, need in ((x, need_x), (y, need_y))
+        torch.empty_like(v).copy_(next(found)) if need else v.new_empty(0)
+        for v, need in ((x, need_x), (y, need_y))
     )
 
 
@@ -104,20 +108,13 @@ def _part(x: Tensor, grid: Grid, block: slice) -> Tensor:
     return x[block] if grid.average == BATCH else x[:, block]
 
 
-def _view(x: Tensor, grid: Grid, transposed: bool) -> Tensor:
-    view = reference.patches(reference.resize(x, grid), grid)
-    if transposed:
-        view = view.flatten(3).flatten(1, 2).mT[:, :, None, None, None]
-    return view
-
-
 def _triton(x, y, *arguments):
     from ..kernels import gram as kernels
 
     grid, (*flags, transposed, save) = Grid(*arguments[:6]), arguments[6:]
     parts = []
     for block in _blocks(x, y, grid):
-        views = (_view(_part(v, grid, block), grid, transposed) for v in (x, y))
+        views = (reference.view(_part(v, grid, block), grid, transposed) for v in (x, y))
         parts.append(kernels.gram(*views, *flags, save))
     products, distance, saved = zip(*parts, strict=True)
     return torch.cat(products, 2), torch.cat(distance, 1), torch.cat(saved)
@@ -131,7 +128,7 @@ def _triton_backward(grad_products, grad_distance, x, y, saved, *arguments):
     spatial = grid.average == SPATIAL
     for block in _blocks(x, y, grid):
         groups = slice(None) if spatial else block
-        views = [_view(_part(v, grid, block), grid, transposed) for v in (x, y)]
+        views = [reference.view(_part(v, grid, block), grid, transposed) for v in (x, y)]
         kept = saved[groups] if saved.numel() else saved
         found = kernels.gram_backward(
             grad_products[:, :, groups], grad_distance[:, groups], *views, kept, *flags, need_x, need_y
@@ -240,6 +237,17 @@ class _PatchGram(torch.autograd.Function):
         return grad_x if need_x else None, grad_y if need_y else None, *unused
 
 
+def row_inter_distance(x: Tensor, y: Tensor, centered: bool) -> Tensor:
+    """Distances [G] of the features of two views [G, R1, R2, F1, F2, F3] by ``cka_row``, without a D x D Gram.
+
+    The dual of METHODS 1.3: products of N x N entries weighted by the norms of the features. In plain PyTorch on every
+    backend (the op's feature side has no ``cka_row``); autograd keeps a few copies of the views.
+    """
+    x, y = (v.flatten(3).flatten(1, 2).mT[:, :, None, None, None] for v in (x, y))  # [G, D, 1, 1, 1, N]
+    compare = COMPARISONS.index("cka_row")
+    return reference_gram(x, y, compare, centered, feature_side=True)[1][0]
+
+
 def patch_gram(
     x: Tensor,
     y: Tensor,
@@ -249,27 +257,32 @@ def patch_gram(
     centered: bool = True,
     cosine: bool = False,
     inter: bool = False,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Products [T, 3, G] and distances [T, G] of the patch matrices of two maps [B, C, H, W].
 
-    Differentiable in both maps. Groups and resize: :class:`kdfast.reference.patch_gram.Grid`; comparisons:
+    Differentiable in both maps. ``transposed`` exchanges rows and features, ``inter`` adds the terms of the exchange. Groups and resize: :class:`kdfast.reference.patch_gram.Grid`; comparisons:
     :func:`kdfast.reference.gram.gram`.
     """
     chosen = backend.choose("patch_gram", x.device.type, ("triton",))
     resized = not (grid.fits(x) and grid.fits(y))
     if chosen == "triton" and not resized:
-        views = (reference.patches(v, grid) for v in (x, y))
+        views = (reference.view(v, grid, transposed) for v in (x, y))
         return gram(*views, compare=compare, centered=centered, cosine=cosine, inter=inter)
     _, n, dx = grid.matrices(x)
-    swap = inter and n > dx  # as in gram: the transposed problem has the smaller Grams
-    mx, my = (_matrices(v, grid, swap) for v in (x, y))
+    swap = inter and (n < dx if transposed else n > dx)  # as in gram: the other problem has the smaller Grams
+    transposed = transposed != swap
+    mx, my = (_matrices(v, grid, transposed) for v in (x, y))
     groups, n, dx, dy = mx.shape[0], mx.shape[1], mx.shape[5], my.shape[5]
     feature_side = not inter and feature_side_is_cheaper(n, dx, dy, compare, centered, cosine)
-    flags = (COMPARISONS.index(compare), centered, cosine, inter, feature_side, swap)
+    flags = (COMPARISONS.index(compare), centered, cosine, inter, feature_side, transposed)
     if chosen == "reference":
         products, distance = reference.patch_gram(x, y, grid, *flags)
     else:
-        matrices, share = workspace_size(mx, my, inter, feature_side), SAVED_SHARE_RESIZED if resized else SAVED_SHARE
+        matrices, share = (
+            workspace_size(mx, my, inter, feature_side),
+            SAVED_SHARE_RESIZED if resized else SAVED_SHARE,
+        )
         small = groups * matrices <= SAVED_ELEMENTS or matrices <= share * n * (dx + dy)
         products, distance = _PatchGram.apply(x, y, grid, flags, small and not cosine, chosen == "triton")
     return (products.flip(0), distance.flip(0)) if swap else (products, distance)

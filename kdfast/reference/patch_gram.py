@@ -65,12 +65,20 @@ def resize(x: Tensor, grid: Grid) -> Tensor:
 
 def patches(x: Tensor, grid: Grid) -> Tensor:
     """A map of the grid's size as a view [G, R1, R2, F1, F2, F3] for the gram op; only ``spatial`` copies."""
-    x = x.unflatten(2, (grid.rows, grid.patch_h)).unflatten(4, (grid.columns, grid.patch_w))  # [B, C, i, u, j, v]
+    x = x.unflatten(2, (grid.rows, grid.patch_h)).unflatten(
+        4, (grid.columns, grid.patch_w)
+    )  # [B, C, i, u, j, v]
     if grid.average == AVERAGES.index("channel"):
         return x.permute(1, 2, 4, 0, 3, 5)
     if grid.average == AVERAGES.index("batch"):
         return x.permute(0, 2, 4, 1, 3, 5)
     return x.permute(3, 5, 2, 4, 0, 1).flatten(0, 1).unsqueeze(5)
+
+
+def view(x: Tensor, grid: Grid, transposed: bool = False) -> Tensor:
+    """Patch matrices of a map of any size, as a view for the gram op."""
+    x = patches(resize(x, grid), grid)
+    return x.flatten(3).flatten(1, 2).mT[:, :, None, None, None] if transposed else x
 
 
 def patch_gram(
@@ -90,8 +98,5 @@ def patch_gram(
         x: [B, C, H, W]; y: [B, C, H', W'] (C may differ where it is no group and ``inter`` is off).
         transposed: exchange the rows and features of the patch matrices first.
     """
-    views = []
-    for v in (x, y):
-        v = patches(resize(v, grid), grid)
-        views.append(v.flatten(3).flatten(1, 2).mT[:, :, None, None, None] if transposed else v)
+    views = (view(v, grid, transposed) for v in (x, y))
     return reference.gram(*views, compare, centered, cosine, inter, feature_side)
