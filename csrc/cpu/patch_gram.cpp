@@ -269,18 +269,17 @@ template <class A>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, const Grid& grid, const Flags& flags, bool save) {
   const Blocks<A> blocks(x, y, grid, flags);
   const int64_t groups = blocks.groups(), terms = flags.inter ? 2 : 1;
-  int64_t n = grid.patches(), dx = blocks.side(0).features(), dy = blocks.side(1).features();
-  if (flags.transposed) n = dx;
-  const int64_t per_group = flags.feature_side ? dx * dx + dy * dy + dx * dy
-                                               : (flags.inter ? 3 : 2) * (n + flags.inter) * (n + flags.inter);
   Tensor products = new_empty<A>(x, {terms, 3, groups}), distance = new_empty<A>(x, {terms, groups});
-  Tensor saved = new_empty<A>(x, save ? std::vector<int64_t>{groups, per_group} : std::vector<int64_t>{0});
+  Tensor saved = new_empty<A>(x, {0});
   blocks.run([&](int64_t first, int64_t count, const Tensor& tx, const Tensor& ty) {
     const auto [p, d, s] =
         gram_cpu(tx, ty, flags.compare, flags.centered, flags.cosine, flags.inter, flags.feature_side, save);
     copy_columns(data_of<A>(products), 3 * terms, groups, first, count, data_of<A>(p), true);
     copy_columns(data_of<A>(distance), terms, groups, first, count, data_of<A>(d), true);
-    if (save) std::copy(data_of<A>(s), data_of<A>(s) + count * per_group, data_of<A>(saved) + first * per_group);
+    if (!save) return;
+    const int64_t per_group = s.size(1);
+    if (first == 0) saved = new_empty<A>(x, {groups, per_group});
+    std::copy(data_of<A>(s), data_of<A>(s) + count * per_group, data_of<A>(saved) + first * per_group);
   });
   return {products, distance, saved};
 }

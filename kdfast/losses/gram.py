@@ -267,7 +267,7 @@ class GramMMDLoss(_GramLoss):
         average, resize: of patches, see :class:`kdfast.PCKALoss`.
         weight: factor on the value.
 
-    Shape: student and teacher [N, ...] (with patches [B, C, H, W]), or sequences of such levels. Differentiable in both.
+    Shape: student and teacher [N, ...] (patches: [B, C, H, W]), or sequences of such levels. Differentiable in both.
     """
 
     def __init__(

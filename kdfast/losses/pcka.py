@@ -1,4 +1,4 @@
-"""Losses on feature maps of dense prediction: patch-wise CKA, other distillers on patches, mimic (Zhou et al., IJCAI 2024)."""
+"""Losses on feature maps: patch-wise CKA, other distillers on patches, mimic (Zhou et al., IJCAI 2024)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _warn_once(rows: str, student: Tensor) -> None:
     _warned = True
     warnings.warn(
         f"PCKALoss: a level has {rows} (student {describe(student)}). Centred Grams of one or two rows carry no "
-        "information: the intra term is a constant there, without gradient. Leave the level out, use smaller patches, or "
-        "centered=False. This is said once.",
+        "information: the intra term is a constant there, without gradient. Leave the level out, use smaller patches "
+        "or centered=False. This is said once.",
         stacklevel=4,
     )
 
@@ -49,7 +49,7 @@ class PCKALoss(Loss):
     Args:
         patch_size: int or (height, width). None: no patches; rows are the images, features the pixels of a channel.
         average: what is averaged over (Table 5): ``"channel"`` (features: images x pixels of a patch), ``"batch"``
-            (channels x pixels) or ``"spatial"`` (images x channels); or a sequence with one of them per level ("mix-up").
+            (channels x pixels) or ``"spatial"`` (images x channels); or a sequence, one per level ("mix-up").
         intra_weight: factor on the comparison of patches (rows).
         inter_weight: factor on the comparison of features (columns); student and teacher then need equal features.
         centered: subtract each feature's mean over the patches (inter: each patch's mean over the features). False is
@@ -139,7 +139,8 @@ class PatchLoss(Loss):
         temperature: T of ``"kd"`` and ``"dist"``; the others have none.
         weight: factor on the value.
 
-    Shape: student and teacher [B, C, H, W], or sequences of such levels, whose losses are summed. Differentiable in both.
+    Shape: student and teacher [B, C, H, W], or sequences of such levels, whose losses are summed. Differentiable in
+        both.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class MimicLoss(Loss):
     the loss: give them to the optimiser.
 
     Args:
-        student_channels, teacher_channels: ints make one convolution, used at every level; sequences make one per level.
+        student_channels, teacher_channels: ints make one convolution for all levels; sequences make one per level.
         weight: factor on the value.
 
     Shape: student [B, student_channels, H, W], teacher [B, teacher_channels, H, W], or sequences of such levels, whose

@@ -1,7 +1,7 @@
 """Op ``patch_gram``: the gram op on the patches of resized maps, without the resized maps in memory.
 
-Formulas and groups: :mod:`kdfast.reference.patch_gram`. On the CPU one call resizes, cuts and compares a few groups at a
-time; on a GPU the maps go through the gram op's kernels in blocks of groups. Backward resizes again.
+Formulas and groups: :mod:`kdfast.reference.patch_gram`. On the CPU one call resizes, cuts and compares a few groups at
+a time; on a GPU the maps go through the gram op's kernels in blocks of groups. Backward resizes again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..reference.gram import COMPARISONS
 from ..reference.gram import gram as reference_gram
 from ..reference.patch_gram import AVERAGES, Grid
 from ._define import define
-from .gram import SAVED_ELEMENTS, SAVED_SHARE, gram, workspace_size
+from .gram import SAVED_ELEMENTS, SAVED_SHARE, gram, saved_size, workspace_size
 from .gram import _feature_side_is_cheaper as feature_side_is_cheaper
 
 # Saved Grams may take this share of the maps when they are resized: the forward then holds less than a resized copy.
@@ -46,18 +46,20 @@ def _accumulator(x: Tensor, y: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
 
 
-def _fake(
-    x, y, ph, pw, rows, columns, bilinear, average, compare, centered, cosine, inter, feature_side, turn, save
-):
-    grid = Grid(ph, pw, rows, columns, bilinear, average)
+def _fake(x, y, *arguments, size=saved_size):
+    grid, (_, _, _, inter, feature_side, turn, save) = Grid(*arguments[:6]), arguments[6:]
     mx, my = (_matrices(v, grid, turn) for v in (x, y))
     groups, terms, dtype = mx.shape[0], 1 + inter, _accumulator(x, y)
-    saved = (groups, workspace_size(mx, my, inter, feature_side)) if save else (0,)
+    saved = (groups, size(mx, my, inter, feature_side)) if save else (0,)
     return (
         x.new_empty((terms, 3, groups), dtype=dtype),
         x.new_empty((terms, groups), dtype=dtype),
         x.new_empty(saved, dtype=dtype),
     )
+
+
+def _fake_triton(*arguments):
+    return _fake(*arguments, size=workspace_size)
 
 
 def _fake_backward(grad_products, grad_distance, x, y, saved, *arguments):
@@ -195,6 +197,7 @@ define(
     _fake,
     _reference,
     _triton,
+    _fake_triton,
 )
 define(
     "patch_gram_backward",
@@ -261,8 +264,8 @@ def patch_gram(
 ) -> tuple[Tensor, Tensor]:
     """Products [T, 3, G] and distances [T, G] of the patch matrices of two maps [B, C, H, W].
 
-    Differentiable in both maps. ``transposed`` exchanges rows and features, ``inter`` adds the terms of the exchange. Groups and resize: :class:`kdfast.reference.patch_gram.Grid`; comparisons:
-    :func:`kdfast.reference.gram.gram`.
+    Differentiable in both maps. ``transposed`` exchanges rows and features, ``inter`` adds the terms of the exchange.
+    Groups and resize: :class:`kdfast.reference.patch_gram.Grid`; comparisons: :func:`kdfast.reference.gram.gram`.
     """
     chosen = backend.choose("patch_gram", x.device.type, ("triton",))
     resized = not (grid.fits(x) and grid.fits(y))
@@ -279,10 +282,8 @@ def patch_gram(
     if chosen == "reference":
         products, distance = reference.patch_gram(x, y, grid, *flags)
     else:
-        matrices, share = (
-            workspace_size(mx, my, inter, feature_side),
-            SAVED_SHARE_RESIZED if resized else SAVED_SHARE,
-        )
+        matrices = (workspace_size if chosen == "triton" else saved_size)(mx, my, inter, feature_side)
+        share = SAVED_SHARE_RESIZED if resized else SAVED_SHARE
         small = groups * matrices <= SAVED_ELEMENTS or matrices <= share * n * (dx + dy)
         products, distance = _PatchGram.apply(x, y, grid, flags, small and not cosine, chosen == "triton")
     return (products.flip(0), distance.flip(0)) if swap else (products, distance)
