@@ -9,10 +9,13 @@
 #ifdef KD_WITH_CUDA
 #include "cuda/gram_ops.h"
 #endif
+#include "cpu/patch_gram.h"
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("gram", TORCH_BOX(&kd::gram_cpu));
   m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cpu));
+  m.impl("patch_gram", TORCH_BOX(&kd::patch_gram_cpu));
+  m.impl("patch_gram_backward", TORCH_BOX(&kd::patch_gram_backward_cpu));
 }
 
 #ifdef KD_WITH_CUDA

@@ -25,13 +25,17 @@ from .losses.gram import (
     gram_products,
     linear_cka,
 )
+from .losses.pcka import MimicLoss, PatchLoss, PCKALoss
 
 __all__ = [
     "CKALoss",
     "GramMMDLoss",
     "GramProducts",
     "LogitCKALoss",
+    "MimicLoss",
+    "PCKALoss",
     "PairwiseAffinityLoss",
+    "PatchLoss",
     "RCKALoss",
     "SimilarityPreservingLoss",
     "gram_products",

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..ops.gram import gram, transposed
+from ..ops.patch_gram import patch_gram, row_inter_distance
 from ._common import Levels, Loss, check_choice, check_float, check_pair, describe, levels, total
+from ._patches import Average, PatchSize, Resize, check_maps, check_patches, grid_of
 
 RowNorm = Literal["none", "row", "cosine"]
 
@@ -196,8 +198,12 @@ def pair_distance(
         _, distance = gram(student, teacher, compare=compare, centered=centered, cosine=cosine)
         terms.append(intra_weight * distance.float().mean())
     if inter_weight:
-        student, teacher = transposed(student), transposed(teacher)
-        _, distance = gram(student, teacher, compare=compare, centered=centered, cosine=cosine)
+        rows, features = student.shape[1:3].numel(), student.shape[3:].numel()
+        if row_norm == "row" and features > rows:
+            distance = row_inter_distance(student, teacher, centered)
+        else:
+            student, teacher = transposed(student), transposed(teacher)
+            _, distance = gram(student, teacher, compare=compare, centered=centered, cosine=cosine)
         terms.append(inter_weight * distance.float().mean())
     return total(terms)
 
@@ -257,19 +263,39 @@ class GramMMDLoss(_GramLoss):
         kind: ``"gram"``: N²/2 (mean K/|K| - mean L/|L|)², the lower bound of 1 - CKA. ``"upper"``: half the squared
             distance of the unit Grams, equal to 1 - CKA. ``"author"``: what the published ablation computes,
             mean((ĝ - ĥ)²) - ½ mean(ĝ² + ĥ²) on Grams with rows of unit length, plus its constant so that it is >= 0.
+        patch_size: None compares samples; an int or a pair compares the patches of maps (Table 6).
+        average, resize: of patches, see :class:`kdfast.PCKALoss`.
         weight: factor on the value.
 
-    Shape: student and teacher [N, ...], or sequences of such levels. Differentiable in both.
+    Shape: student and teacher [N, ...] (patches: [B, C, H, W]), or sequences of such levels. Differentiable in both.
     """
 
-    def __init__(self, *, kind: Literal["gram", "upper", "author"] = "gram", weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        kind: Literal["gram", "upper", "author"] = "gram",
+        weight: float = 1.0,
+        patch_size: PatchSize | None = None,
+        average: Average = "channel",
+        resize: Resize = "bilinear",
+    ) -> None:
         super().__init__(weight)
         check_choice("kind", kind, ("gram", "upper", "author"))
-        self.kind = kind
+        check_choice("average", average, ("channel", "batch", "spatial"))
+        self.kind, self.average, self.resize = kind, average, resize
+        self.patch_size = None if patch_size is None else check_patches(patch_size, resize)
 
     def forward(self, student: Levels, teacher: Levels) -> Tensor:
         compare = {"gram": "mean", "upper": "cka", "author": "row_cosine"}[self.kind]
-        return self.weight * self._compare(student, teacher, compare)
+        if self.patch_size is None:
+            return self.weight * self._compare(student, teacher, compare)
+        terms = []
+        for s, t in levels(student, teacher):
+            check_maps(s, t, same_channels=self.average == "channel")
+            grid = grid_of(s, t, self.patch_size, self.resize, self.average)
+            _, distance = patch_gram(s, t, grid, compare=compare, centered=False)
+            terms.append(distance.float().mean())
+        return self.weight * total(terms)
 
 
 class SimilarityPreservingLoss(_GramLoss):

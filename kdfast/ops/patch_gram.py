@@ -1,0 +1,289 @@
+"""Op ``patch_gram``: the gram op on the patches of resized maps, without the resized maps in memory.
+
+Formulas and groups: :mod:`kdfast.reference.patch_gram`. On the CPU one call resizes, cuts and compares a few groups at
+a time; on a GPU the maps go through the gram op's kernels in blocks of groups. Backward resizes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import backend
+from ..reference import patch_gram as reference
+from ..reference.gram import COMPARISONS
+from ..reference.gram import gram as reference_gram
+from ..reference.patch_gram import AVERAGES, Grid
+from ._define import define
+from .gram import SAVED_ELEMENTS, SAVED_SHARE, gram, saved_size, workspace_size
+from .gram import _feature_side_is_cheaper as feature_side_is_cheaper
+
+# Saved Grams may take this share of the maps when they are resized: the forward then holds less than a resized copy.
+SAVED_SHARE_RESIZED = 0.6
+GPU_BLOCK_BYTES = 128 << 20
+
+SPATIAL = AVERAGES.index("spatial")
+BATCH = AVERAGES.index("batch")
+
+
+class _Matrices(NamedTuple):
+    """Stands for a view in computations on shapes."""
+
+    shape: tuple[int, ...]
+
+
+def _matrices(x: Tensor, grid: Grid, transposed: bool) -> _Matrices:
+    groups, rows, features = grid.matrices(x)
+    rows, features = (features, rows) if transposed else (rows, features)
+    return _Matrices((groups, rows, 1, 1, 1, features))
+
+
+def _accumulator(x: Tensor, y: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+
+
+def _fake(x, y, *arguments, size=saved_size):
+    grid, (_, _, _, inter, feature_side, turn, save) = Grid(*arguments[:6]), arguments[6:]
+    mx, my = (_matrices(v, grid, turn) for v in (x, y))
+    groups, terms, dtype = mx.shape[0], 1 + inter, _accumulator(x, y)
+    saved = (groups, size(mx, my, inter, feature_side)) if save else (0,)
+    return (
+        x.new_empty((terms, 3, groups), dtype=dtype),
+        x.new_empty((terms, groups), dtype=dtype),
+        x.new_empty(saved, dtype=dtype),
+    )
+
+
+def _fake_triton(*arguments):
+    return _fake(*arguments, size=workspace_size)
+
+
+def _fake_backward(grad_products, grad_distance, x, y, saved, *arguments):
+    need_x, need_y = arguments[-2:]
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(y) if need_y else y.new_empty(0),
+    )
+
+
+def _reference(x, y, *arguments):
+    grid, flags, save = Grid(*arguments[:6]), arguments[6:-1], arguments[-1]
+    products, distance = reference.patch_gram(x, y, grid, *flags)
+    saved = _fake(x, y, *arguments)[2].zero_() if save else products.new_zeros(0)
+    return products, distance, saved
+
+
+def _reference_backward(grad_products, grad_distance, x, y, saved, *arguments):
+    grid, flags, (need_x, need_y) = Grid(*arguments[:6]), arguments[6:-2], arguments[-2:]
+    with torch.enable_grad():
+        x, y = x.detach().requires_grad_(need_x), y.detach().requires_grad_(need_y)
+        outputs = reference.patch_gram(x, y, grid, *flags)
+        needed = [v for v, need in ((x, need_x), (y, need_y)) if need]
+        found = iter(
+            torch.autograd.grad(outputs, needed, (grad_products, grad_distance), materialize_grads=True)
+        )
+    return tuple(
+        torch.empty_like(v).copy_(next(found)) if need else v.new_empty(0)
+        for v, need in ((x, need_x), (y, need_y))
+    )
+
+
+def _blocks(x: Tensor, y: Tensor, grid: Grid) -> Iterator[slice]:
+    """Slices of the channels (batch average: of the images) that are resized at a time; all of them for spatial."""
+    axis = 0 if grid.average == BATCH else 1
+    count = x.shape[axis]
+    if grid.average == SPATIAL:
+        yield slice(0, count)
+        return
+    pixels = grid.size[0] * grid.size[1]
+    size = max(v.shape[0] * v.shape[1] for v in (x, y)) * pixels * _accumulator(x, y).itemsize
+    step = max(1, min(count // 2, count * GPU_BLOCK_BYTES // max(size, 1)))
+    for begin in range(0, count, step):
+        yield slice(begin, min(begin + step, count))
+
+
+def _part(x: Tensor, grid: Grid, block: slice) -> Tensor:
+    return x[block] if grid.average == BATCH else x[:, block]
+
+
+def _triton(x, y, *arguments):
+    from ..kernels import gram as kernels
+
+    grid, (*flags, transposed, save) = Grid(*arguments[:6]), arguments[6:]
+    parts = []
+    for block in _blocks(x, y, grid):
+        views = (reference.view(_part(v, grid, block), grid, transposed) for v in (x, y))
+        parts.append(kernels.gram(*views, *flags, save))
+    products, distance, saved = zip(*parts, strict=True)
+    return torch.cat(products, 2), torch.cat(distance, 1), torch.cat(saved)
+
+
+def _triton_backward(grad_products, grad_distance, x, y, saved, *arguments):
+    from ..kernels import gram as kernels
+
+    grid, (*flags, transposed, need_x, need_y) = Grid(*arguments[:6]), arguments[6:]
+    gradients = [torch.empty_like(v) if need else v.new_empty(0) for v, need in ((x, need_x), (y, need_y))]
+    spatial = grid.average == SPATIAL
+    for block in _blocks(x, y, grid):
+        groups = slice(None) if spatial else block
+        views = [reference.view(_part(v, grid, block), grid, transposed) for v in (x, y)]
+        kept = saved[groups] if saved.numel() else saved
+        found = kernels.gram_backward(
+            grad_products[:, :, groups], grad_distance[:, groups], *views, kept, *flags, need_x, need_y
+        )
+        for v, gradient, part, need in zip((x, y), gradients, found, (need_x, need_y), strict=True):
+            if need:
+                part = _join(part, _part(v, grid, block).shape, grid, transposed)
+                _part(gradient, grid, block).copy_(_resize_adjoint(part, v, grid))
+    return tuple(gradients)
+
+
+def _join(view: Tensor, shape: torch.Size, grid: Grid, transposed: bool) -> Tensor:
+    """The map [B, C, H', W'] of a view of its patches."""
+    b, c = shape[:2]
+    if transposed:
+        view = view.flatten(3).flatten(1, 2).mT
+    view = view.flatten(3).flatten(1, 2)  # [G, N, D]
+    i, j, u, v = grid.rows, grid.columns, grid.patch_h, grid.patch_w
+    if grid.average == SPATIAL:
+        view = view.reshape(u, v, i, j, b, c).permute(4, 5, 2, 0, 3, 1)
+    elif grid.average == BATCH:
+        view = view.reshape(b, i, j, c, u, v).permute(0, 3, 1, 4, 2, 5)
+    else:
+        view = view.reshape(c, i, j, b, u, v).permute(3, 0, 1, 4, 2, 5)
+    return view.reshape(b, c, *grid.size)
+
+
+def _resize_adjoint(gradient: Tensor, x: Tensor, grid: Grid) -> Tensor:
+    """From the gradient of the resized map to that of ``x``, in a fixed order (torch's own adjoint adds atomically)."""
+    (height, width), (resized_height, resized_width) = x.shape[2:], grid.size
+    if not grid.bilinear:
+        return pad(gradient, (0, width - resized_width, 0, height - resized_height))
+    for axis, (size, resized) in ((3, (width, resized_width)), (2, (height, resized_height))):
+        if size != resized:
+            gradient = _axis_adjoint(gradient, axis, size, resized)
+    return gradient
+
+
+def _axis_adjoint(gradient: Tensor, axis: int, size: int, resized: int) -> Tensor:
+    """Each pixel gathers its weighted share of the few resized pixels that read it."""
+    position = ((torch.arange(resized, dtype=torch.float64) + 0.5) * (size / resized) - 0.5).clamp_min(0)
+    low = position.long().clamp_max(size - 1)
+    weight = torch.zeros(size, resized, dtype=torch.float64)
+    columns = torch.arange(resized)
+    weight[low, columns] += 1 - (position - low)
+    weight[(low + 1).clamp_max(size - 1), columns] += position - low
+    taps = int((weight != 0).sum(1).max())
+    weight, index = weight.topk(taps, dim=1)  # [size, taps]
+    shape = [size if a == axis else 1 for a in range(4)]
+    total = None
+    for k in range(taps):
+        share = weight[:, k].to(gradient.device, gradient.dtype).view(shape)
+        term = gradient.index_select(axis, index[:, k].to(gradient.device)) * share
+        total = term if total is None else total.add_(term)
+    return total
+
+
+_GRID = "int patch_h, int patch_w, int rows, int columns, bool bilinear, int average, "
+_FLAGS = "int compare, bool centered, bool cosine, bool inter, bool feature_side, bool transposed, "
+
+define(
+    "patch_gram",
+    f"(Tensor x, Tensor y, {_GRID}{_FLAGS}bool save) -> (Tensor products, Tensor distance, Tensor saved)",
+    _fake,
+    _reference,
+    _triton,
+    _fake_triton,
+)
+define(
+    "patch_gram_backward",
+    f"(Tensor grad_products, Tensor grad_distance, Tensor x, Tensor y, Tensor saved, {_GRID}{_FLAGS}"
+    "bool need_x, bool need_y) -> (Tensor grad_x, Tensor grad_y)",
+    _fake_backward,
+    _reference_backward,
+    _triton_backward,
+)
+
+
+class _PatchGram(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, grid: Grid, flags: tuple, save: bool, triton: bool
+    ) -> tuple[Tensor, Tensor]:
+        op = torch.ops.kdfast.patch_gram_triton if triton else torch.ops.kdfast.patch_gram
+        products, distance, saved = op(x, y, *grid, *flags, save)
+        ctx.save_for_backward(x, y, saved)
+        ctx.grid, ctx.flags, ctx.triton = grid, flags, triton
+        return products, distance
+
+    @staticmethod
+    def backward(ctx: Any, grad_products: Tensor, grad_distance: Tensor):
+        x, y, saved = ctx.saved_tensors
+        need_x, need_y = ctx.needs_input_grad[:2]
+        unused = (None,) * 4
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            outputs = reference.patch_gram(x, y, ctx.grid, *ctx.flags)
+            needed = [v for v, need in ((x, need_x), (y, need_y)) if need]
+            found = iter(
+                torch.autograd.grad(
+                    outputs, needed, (grad_products, grad_distance), create_graph=True, materialize_grads=True
+                )
+            )
+            return next(found) if need_x else None, next(found) if need_y else None, *unused
+        ops = torch.ops.kdfast
+        op: Callable = ops.patch_gram_backward_triton if ctx.triton else ops.patch_gram_backward
+        grad_x, grad_y = op(grad_products, grad_distance, x, y, saved, *ctx.grid, *ctx.flags, need_x, need_y)
+        return grad_x if need_x else None, grad_y if need_y else None, *unused
+
+
+def row_inter_distance(x: Tensor, y: Tensor, centered: bool) -> Tensor:
+    """Distances [G] of the features of two views [G, R1, R2, F1, F2, F3] by ``cka_row``, without a D x D Gram.
+
+    The dual of METHODS 1.3: products of N x N entries weighted by the norms of the features. In plain PyTorch on every
+    backend (the op's feature side has no ``cka_row``); autograd keeps a few copies of the views.
+    """
+    x, y = (v.flatten(3).flatten(1, 2).mT[:, :, None, None, None] for v in (x, y))  # [G, D, 1, 1, 1, N]
+    compare = COMPARISONS.index("cka_row")
+    return reference_gram(x, y, compare, centered, feature_side=True)[1][0]
+
+
+def patch_gram(
+    x: Tensor,
+    y: Tensor,
+    grid: Grid,
+    *,
+    compare: str = "cka",
+    centered: bool = True,
+    cosine: bool = False,
+    inter: bool = False,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Products [T, 3, G] and distances [T, G] of the patch matrices of two maps [B, C, H, W].
+
+    Differentiable in both maps. ``transposed`` exchanges rows and features, ``inter`` adds the terms of the exchange.
+    Groups and resize: :class:`kdfast.reference.patch_gram.Grid`; comparisons: :func:`kdfast.reference.gram.gram`.
+    """
+    chosen = backend.choose("patch_gram", x.device.type, ("triton",))
+    resized = not (grid.fits(x) and grid.fits(y))
+    if chosen == "triton" and not resized:
+        views = (reference.view(v, grid, transposed) for v in (x, y))
+        return gram(*views, compare=compare, centered=centered, cosine=cosine, inter=inter)
+    _, n, dx = grid.matrices(x)
+    swap = inter and (n < dx if transposed else n > dx)  # as in gram: the other problem has the smaller Grams
+    transposed = transposed != swap
+    mx, my = (_matrices(v, grid, transposed) for v in (x, y))
+    groups, n, dx, dy = mx.shape[0], mx.shape[1], mx.shape[5], my.shape[5]
+    feature_side = not inter and feature_side_is_cheaper(n, dx, dy, compare, centered, cosine)
+    flags = (COMPARISONS.index(compare), centered, cosine, inter, feature_side, transposed)
+    if chosen == "reference":
+        products, distance = reference.patch_gram(x, y, grid, *flags)
+    else:
+        matrices = (workspace_size if chosen == "triton" else saved_size)(mx, my, inter, feature_side)
+        share = SAVED_SHARE_RESIZED if resized else SAVED_SHARE
+        small = groups * matrices <= SAVED_ELEMENTS or matrices <= share * n * (dx + dy)
+        products, distance = _PatchGram.apply(x, y, grid, flags, small and not cosine, chosen == "triton")
+    return (products.flip(0), distance.flip(0)) if swap else (products, distance)
