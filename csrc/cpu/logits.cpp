@@ -65,7 +65,7 @@ template <class A>
 struct Problem {
   LogitsCall<A> call;
   Tensor labels;
-  int64_t counted;
+  int64_t saved_elements, counted;
   int64_t grain;  // rows
 
   Problem(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& given,
@@ -87,6 +87,7 @@ struct Problem {
     call.student = matrix_of(student, "student"), call.teacher = matrix_of(teacher, "teacher");
     call.saved = static_cast<A*>(const_cast<void*>(saved.const_data_ptr()));
     call.saved_width = call.kind == LogitsKind::kl || call.kind == LogitsKind::dkd ? 5 : 7;
+    saved_elements = saved.numel();
     counted = call.rows;
     grain = std::max<int64_t>(1, kGrain / classes);
     const bool targets = call.kind == LogitsKind::dkd || call.kind == LogitsKind::nkd;
@@ -188,6 +189,8 @@ double dist(const Problem<A>& p, double* values) {
 template <class A>
 double forward(const Problem<A>& p) {
   std::vector<double> values(p.call.rows, 0.0);
+  if (p.counted < p.call.rows)
+    std::fill_n(p.call.saved, p.saved_elements, A(0));  // ignored rows write nothing
   double columns = 0;
   if (p.call.kind == LogitsKind::dist) {
     columns = dist(p, values.data());

@@ -121,7 +121,7 @@ template <class A>
 void forward(const LogitsCall<A>& call, int64_t begin, int64_t end, double* values) {
   for (int64_t row = begin; row < end; ++row) {
     values[row] = 0;
-    if (call.labels && call.labels[row] == call.ignore_index) continue;
+    if (is_ignored(call, row)) continue;
     const RowPair<A> r(call, row);
     double target_term = 0, value;
     if (call.kind == LogitsKind::nkd) {
@@ -205,7 +205,7 @@ void backward_row(const RowPair<A>& r, const LogitsGradient<A>& g, const RowFact
 template <class A>
 void backward(const LogitsCall<A>& call, const LogitsGradient<A>& g, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    if (call.labels && call.labels[row] == call.ignore_index) {
+    if (is_ignored(call, row)) {
       zero_row(call, g.to, row);
       continue;
     }

@@ -84,7 +84,7 @@ void dist_forward(const LogitsCall<A>& call, int64_t begin, int64_t end, const A
     int64_t held = 0;
     for (; row < end && held < dist_rows; ++row) {
       values[row] = 0;
-      if (call.labels && call.labels[row] == call.ignore_index) continue;
+      if (is_ignored(call, row)) continue;
       A *saved = call.saved + row * call.saved_width, *s = ps + held * width, *t = pt + held * width;
       ++held;
       softmax_row(call.student, row, call.classes, c, s, saved[kStudentMax], saved[kStudentInverse]);
@@ -127,7 +127,7 @@ void dist_backward(const LogitsCall<A>& call, const LogitsGradient<A>& g, int64_
   A *const p = scratch, *const gp =
                             scratch + width;  // the other side's probabilities become the gradient of p
   for (int64_t row = begin; row < end; ++row) {
-    if (call.labels && call.labels[row] == call.ignore_index) {
+    if (is_ignored(call, row)) {
       zero_row(call, g.to, row);
       continue;
     }

@@ -124,6 +124,11 @@ inline A block_max(const A* block, int64_t count) {
 }
 
 template <class A>
+inline bool is_ignored(const LogitsCall<A>& call, int64_t row) {
+  return call.labels && call.labels[row] == call.ignore_index;
+}
+
+template <class A>
 void zero_row(const LogitsCall<A>& call, const LogitsMatrix& to, int64_t row) {
   char* data = row_data(to, row);
   for (int64_t k = 0; k < call.classes; ++k) store_one(to, data, k, 0);

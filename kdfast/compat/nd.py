@@ -19,7 +19,7 @@ class KDLoss(nn.Module):
 
 
 class DKDLoss(nn.Module):
-    """T² (``alpha`` TCKD + ``beta`` NCKD) of logits [B, K] and labels [B]; finite where the published code gives inf."""
+    """T² (``alpha`` TCKD + ``beta`` NCKD) of logits [B, K]; finite where the published code gives inf."""
 
     def __init__(self, alpha: float = 1.0, beta: float = 1.0, T: float = 4.0) -> None:
         super().__init__()
