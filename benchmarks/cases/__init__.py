@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import gram
+from . import gram, logits
 
-FAMILIES = {"gram": gram}
+FAMILIES = {"gram": gram, "logits": logits}
 
 
 def select(ops: list[str] | None = None, substring: str = "") -> list[Case]:

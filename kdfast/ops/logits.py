@@ -34,6 +34,11 @@ def _fake(student, teacher, labels, kind, alpha, beta, temperature, ignore_index
     return student.new_empty((), dtype=dtype), student.new_empty((saved_size(student, kind),), dtype=dtype)
 
 
+def _fake_triton(student, teacher, labels, kind, *settings):
+    loss, saved = _fake(student, teacher, labels, kind, *settings)
+    return loss, saved.new_empty((saved.shape[0] + 1,))
+
+
 def _fake_backward(
     grad,
     student,
@@ -92,6 +97,7 @@ define(
     _fake,
     _reference,
     _triton,
+    _fake_triton,
 )
 define(
     "logits_backward",
@@ -102,6 +108,13 @@ define(
     _reference_backward,
     _triton_backward,
 )
+
+
+def _dist_unsupported(name: str) -> str | None:
+    return "kind 'dist' has no Triton kernels" if name == "triton" else None
+
+
+_UNSUPPORTED = (None, None, None, _dist_unsupported)
 
 
 class _Logits(torch.autograd.Function):
@@ -156,7 +169,7 @@ def logits(
 ) -> Tensor:
     """Loss of logits [..., K] of any strides, differentiable in both; see :func:`kdfast.reference.logits.logits`."""
     settings = (KINDS.index(kind), float(alpha), float(beta), float(temperature), ignore_index)
-    chosen = backend.choose("logits", student.device.type, ("triton",))
+    chosen = backend.choose("logits", student.device.type, ("triton",), _UNSUPPORTED[settings[0]])
     if chosen == "reference":
         return reference.logits(student, teacher, labels, *settings)
     return _Logits.apply(student, teacher, labels, settings, chosen == "triton")
