@@ -40,6 +40,19 @@ def _gram(
     return call
 
 
+def _logits(kind, classes, dtype, temperature=4.0):
+    def call():
+        from kdfast.kernels.logits import logits, logits_backward
+
+        x = torch.empty(64, classes, dtype=dtype, device="meta")
+        y = torch.empty(64, dtype=torch.int64, device="meta")
+        settings = (kind, 1.0, 8.0, temperature, -100)
+        loss, saved = logits(x, x, y, *settings)
+        logits_backward(loss, x, x, y, saved, *settings, True, True)
+
+    return call
+
+
 f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 CASES = {
     # Row tiles of 16, 64 and 64 + 16 rows; the widest; several tiles.
@@ -57,6 +70,11 @@ CASES = {
     "gram-features-ieee": ("highest", _gram(5000, 64, f32, feature_side=True)),
     "gram-features-f16": ("highest", _gram(5000, 100, f16, feature_side=True)),
     "gram-features-difference": ("high", _gram(5000, 10, f32, "difference", feature_side=True)),
+    "logits-kl-f32": ("highest", _logits(0, 32000, f32)),
+    "logits-kl-bf16": ("highest", _logits(0, 128000, bf16)),
+    "logits-dkd-small": ("highest", _logits(1, 100, f32)),
+    "logits-nkd-f16": ("highest", _logits(2, 1000, f16)),
+    "logits-nkd-float64": ("highest", _logits(2, 5000, f64)),
 }
 
 

@@ -6,6 +6,8 @@ from ..case import Case
 from . import gram, pcka
 
 FAMILIES = {"gram": gram, "pcka": pcka}
+from . import gram, logits
+FAMILIES = {"gram": gram, "logits": logits}
 
 
 def select(ops: list[str] | None = None, substring: str = "") -> list[Case]:

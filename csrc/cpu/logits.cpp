@@ -1,0 +1,296 @@
+// Op logits on the CPU: checks, threads, and sums over rows in a fixed order. Formulas:
+// kdfast/reference/logits.py.
+
+#include "cpu/logits.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "cpu/logits_ops.h"
+
+namespace kd {
+
+KD_DECLARE_ISA(extern const LogitsKernels<float> logits_float;
+               extern const LogitsKernels<double> logits_double;)
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kGrain =
+    1 << 14;  // logits of one side below which a second thread costs more than it saves
+constexpr int64_t kDistLogits = 8192;  // of one side that DIST holds at a time: 64 KB in all
+constexpr double kPearsonEps = 1e-8;
+
+template <class A>
+const LogitsKernels<A>& kernels() {
+  if constexpr (sizeof(A) == 4) {
+    return KD_DISPATCH_ISA(logits_float);
+  } else {
+    return KD_DISPATCH_ISA(logits_double);
+  }
+}
+
+LogitsMatrix matrix_of(const Tensor& x, const char* argument) {
+  LogitsMatrix m{static_cast<char*>(const_cast<void*>(x.const_data_ptr())), Dtype::f32, 1, 0, {}, {}};
+  m.dtype = dispatch_float(x.scalar_type(), argument, [](auto zero) {
+    using T = decltype(zero);
+    return std::is_same_v<T, double>     ? Dtype::f64
+           : std::is_same_v<T, Half>     ? Dtype::f16
+           : std::is_same_v<T, BFloat16> ? Dtype::bf16
+                                         : Dtype::f32;
+  });
+  const int64_t last = x.dim() - 1;
+  if (x.size(last) > 1) m.stride = x.stride(last);
+  for (int64_t a = last; a-- > 0;) {
+    const int64_t size = x.size(a), step = x.stride(a);
+    if (size == 1) continue;
+    if (m.axes && step == m.size[m.axes - 1] * m.step[m.axes - 1]) {
+      m.size[m.axes - 1] *= size;
+      continue;
+    }
+    KD_CHECK(m.axes < kMostAxes, "logits: ", argument, " has more than ", kMostAxes, " strided axes");
+    m.size[m.axes] = size, m.step[m.axes++] = step;
+  }
+  return m;
+}
+
+template <class A>
+struct Problem {
+  LogitsCall<A> call;
+  Tensor labels;
+  int64_t saved_elements, counted;
+  int64_t grain;  // rows
+
+  Problem(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& given,
+          const Tensor& saved, int64_t kind, double alpha, double beta, double temperature,
+          int64_t ignore_index)
+      : call{} {
+    KD_CHECK(0 <= kind && kind <= static_cast<int64_t>(LogitsKind::dist), "logits: unknown kind ", kind);
+    KD_CHECK(student.dim() >= 1 && student.dim() == teacher.dim(), "logits: student has ", student.dim(),
+             " axes, teacher ", teacher.dim());
+    for (int64_t a = 0; a < student.dim(); ++a) {
+      KD_CHECK(student.size(a) == teacher.size(a), "logits: axis ", a, " of student has ", student.size(a),
+               ", of teacher ", teacher.size(a));
+    }
+    const int64_t classes = student.size(student.dim() - 1);
+    KD_CHECK(classes > 0, "logits: need at least one class");
+    call.kind = static_cast<LogitsKind>(kind);
+    call.alpha = alpha, call.beta = beta, call.temperature = temperature;
+    call.rows = student.numel() / classes, call.classes = classes, call.ignore_index = ignore_index;
+    call.student = matrix_of(student, "student"), call.teacher = matrix_of(teacher, "teacher");
+    call.saved = static_cast<A*>(const_cast<void*>(saved.const_data_ptr()));
+    call.saved_width = call.kind == LogitsKind::kl || call.kind == LogitsKind::dkd ? 5 : 7;
+    saved_elements = saved.numel();
+    counted = call.rows;
+    grain = std::max<int64_t>(1, kGrain / classes);
+    const bool targets = call.kind == LogitsKind::dkd || call.kind == LogitsKind::nkd;
+    KD_CHECK(given.has_value() || !targets, "logits: this kind needs labels");
+    if (!given.has_value()) return;
+    KD_CHECK(given->scalar_type() == ScalarType::Long && given->numel() == call.rows,
+             "logits: labels must be int64, one for each of ", call.rows, " rows, got ", given->numel(),
+             " of ", toString(given->scalar_type()));
+    labels = torch::stable::contiguous(*given);
+    call.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+    for (int64_t row = 0; row < call.rows; ++row) {
+      const int64_t label = call.labels[row];
+      counted -= label == ignore_index;
+      KD_CHECK(!targets || label == ignore_index || (0 <= label && label < classes), "logits: label ", label,
+               " of row ", row, " is neither a class, 0 to ", classes - 1, ", nor ignore_index ",
+               ignore_index);
+    }
+  }
+
+  int64_t width() const {
+    return (call.classes + kernels<A>().lanes - 1) / kernels<A>().lanes * kernels<A>().lanes;
+  }
+  A* columns() const { return call.saved + call.rows * call.saved_width; }  // [5, K], dist only
+  // 1 over the number of rows that count; the mean over no row is 0.
+  double share() const { return counted ? 1 / static_cast<double>(counted) : 0; }
+};
+
+// Storage of vectors, aligned and not initialised.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<A*>(std::aligned_alloc(64, (count * sizeof(A) + 63) / 64 * 64))) {
+    KD_CHECK(data_, "logits: out of memory");
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  A* get() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+// The mean over columns of 1 - correlation, and what the backward needs, from sums over parts [parts, 5,
+// width].
+template <class A>
+double column_distance(const Problem<A>& p, const double* sums, int64_t parts, const A* reference) {
+  const int64_t width = p.width(), classes = p.call.classes;
+  const double share = p.share();
+  double total = 0;
+  for (int64_t k = 0; k < classes; ++k) {
+    double sum[kColumnSums] = {};
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int j = 0; j < kColumnSums; ++j) sum[j] += sums[(part * kColumnSums + j) * width + k];
+    }
+    const double mean_s = sum[kSumS] * share, mean_t = sum[kSumT] * share;
+    const double norm_s = std::sqrt(std::max(0.0, sum[kSumSS] - sum[kSumS] * mean_s));
+    const double norm_t = std::sqrt(std::max(0.0, sum[kSumTT] - sum[kSumT] * mean_t));
+    const double product = sum[kSumST] - sum[kSumS] * mean_t;
+    total += std::max(0.0, 1 - product / (norm_s * norm_t + kPearsonEps));
+    A* to = p.columns() + k;
+    to[kMeanS * classes] = static_cast<A>(reference[k] + mean_s);
+    to[kMeanT * classes] = static_cast<A>(reference[width + k] + mean_t);
+    to[kNormS * classes] = static_cast<A>(norm_s);
+    to[kNormT * classes] = static_cast<A>(norm_t);
+    to[kProductST * classes] = static_cast<A>(product);
+  }
+  return total / static_cast<double>(classes);
+}
+
+// Adds the rows' terms to values; returns beta times the columns' term.
+template <class A>
+double dist(const Problem<A>& p, double* values) {
+  const LogitsCall<A>& call = p.call;
+  if (!p.counted) return 0;
+  const int64_t width = p.width();
+  int64_t first = 0;
+  while (call.labels && call.labels[first] == call.ignore_index) ++first;
+  Scratch<A> reference(2 * width);
+  kernels<A>().probabilities(call, first, reference.get());
+  // The split is fixed by the shape, so that sums do not depend on the number of threads.
+  const int64_t parts = std::clamp<int64_t>(call.rows / 32, 1, 16);
+  const int64_t held = std::clamp<int64_t>(kDistLogits / width, 1, 32);
+  std::vector<double> sums(parts * kColumnSums * width, 0.0);
+  const auto work = [&](int64_t begin, int64_t end) {
+    Scratch<A> scratch(2 * held * width);
+    for (int64_t part = begin; part < end; ++part) {
+      kernels<A>().dist_forward(call, part * call.rows / parts, (part + 1) * call.rows / parts,
+                                reference.get(), held, scratch.get(),
+                                sums.data() + part * kColumnSums * width, values);
+    }
+  };
+  parallel_for(0, parts,
+               std::max<int64_t>(1, kGrain * parts / std::max<int64_t>(1, call.rows * call.classes)), work);
+  return call.beta * column_distance(p, sums.data(), parts, reference.get());
+}
+
+template <class A>
+double forward(const Problem<A>& p) {
+  std::vector<double> values(p.call.rows, 0.0);
+  if (p.counted < p.call.rows)
+    std::fill_n(p.call.saved, p.saved_elements, A(0));  // ignored rows write nothing
+  double columns = 0;
+  if (p.call.kind == LogitsKind::dist) {
+    columns = dist(p, values.data());
+  } else {
+    parallel_for(0, p.call.rows, p.grain, [&](int64_t begin, int64_t end) {
+      kernels<A>().forward(p.call, begin, end, values.data());
+    });
+  }
+  double total = 0;
+  for (const double value : values) total += value;
+  return total * p.share() + columns;
+}
+
+// For dist_backward: [4, width].
+template <class A>
+std::vector<A> column_factors(const Problem<A>& p, double grad, bool teacher) {
+  const int64_t classes = p.call.classes, width = p.width();
+  std::vector<A> result(4 * width, A(0));
+  const A* from = p.columns();
+  const int own = teacher, other = 1 - own;
+  const double by = -grad * p.call.beta / (static_cast<double>(classes) * p.call.temperature);
+  for (int64_t k = 0; k < classes; ++k) {
+    const double norm_own = from[(kNormS + own) * classes + k],
+                 norm_other = from[(kNormS + other) * classes + k];
+    const double d = norm_own * norm_other + kPearsonEps;
+    result[k] = static_cast<A>(by / d);
+    if (norm_own > 0) {
+      result[width + k] =
+          static_cast<A>(-by * from[kProductST * classes + k] * norm_other / (d * d * norm_own));
+    }
+    result[2 * width + k] = from[(kMeanS + own) * classes + k];
+    result[3 * width + k] = from[(kMeanS + other) * classes + k];
+  }
+  return result;
+}
+
+template <class A>
+void backward(const Problem<A>& p, double grad, const Tensor& to, bool teacher) {
+  const LogitsGradient<A> g{grad * p.share(), matrix_of(to, "the gradient"), teacher};
+  if (p.call.kind != LogitsKind::dist) {
+    parallel_for(0, p.call.rows, p.grain,
+                 [&](int64_t begin, int64_t end) { kernels<A>().backward(p.call, g, begin, end); });
+    return;
+  }
+  const std::vector<A> columns =
+      p.counted ? column_factors(p, grad, teacher) : std::vector<A>();  // where no row counts all are ignored
+  parallel_for(0, p.call.rows, p.grain, [&](int64_t begin, int64_t end) {
+    Scratch<A> scratch(2 * p.width());
+    kernels<A>().dist_backward(p.call, g, begin, end, columns.data(), scratch.get());
+  });
+}
+
+bool is_wide(const Tensor& student, const Tensor& teacher) {
+  return student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;
+}
+
+template <class A>
+A& scalar(const Tensor& x) {
+  return *static_cast<A*>(const_cast<void*>(x.const_data_ptr()));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> logits_cpu(const Tensor& student, const Tensor& teacher,
+                                      const std::optional<Tensor>& labels, int64_t kind, double alpha,
+                                      double beta, double temperature, int64_t ignore_index) {
+  KD_CHECK(student.dim() > 0, "logits: student has no axis of classes");
+  const bool wide = is_wide(student, teacher);
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const int64_t classes = student.size(student.dim() - 1), rows = classes ? student.numel() / classes : 0;
+  const bool is_dist = kind == static_cast<int64_t>(LogitsKind::dist);
+  const int64_t width = kind < static_cast<int64_t>(LogitsKind::nkd) ? 5 : 7;
+  Tensor loss = torch::stable::new_empty(student, {}, dtype);
+  Tensor saved = torch::stable::new_empty(student, {rows * width + (is_dist ? 5 * classes : 0)}, dtype);
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    const Problem<A> p(student, teacher, labels, saved, kind, alpha, beta, temperature, ignore_index);
+    scalar<A>(loss) = static_cast<A>(forward(p));
+  };
+  wide ? run(double{}) : run(float{});
+  return {loss, saved};
+}
+
+std::tuple<Tensor, Tensor> logits_backward_cpu(const Tensor& grad, const Tensor& student,
+                                               const Tensor& teacher, const std::optional<Tensor>& labels,
+                                               const Tensor& saved, int64_t kind, double alpha, double beta,
+                                               double temperature, int64_t ignore_index, bool need_student,
+                                               bool need_teacher) {
+  Tensor grad_student =
+      need_student ? torch::stable::empty_like(student) : torch::stable::new_empty(student, {0});
+  Tensor grad_teacher =
+      need_teacher ? torch::stable::empty_like(teacher) : torch::stable::new_empty(teacher, {0});
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    const Problem<A> p(student, teacher, labels, saved, kind, alpha, beta, temperature, ignore_index);
+    if (need_student) backward(p, scalar<A>(grad), grad_student, false);
+    if (need_teacher) backward(p, scalar<A>(grad), grad_teacher, true);
+  };
+  is_wide(student, teacher) ? run(double{}) : run(float{});
+  return {grad_student, grad_teacher};
+}
+
+}  // namespace kd

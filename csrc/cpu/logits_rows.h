@@ -1,0 +1,143 @@
+#pragma once
+
+// Rows of strided logits in blocks of the accumulation type, for the logits' *.simd.cpp.
+
+#include "cpu/exp.h"
+#include "cpu/logits.h"
+#include "cpu/simd.h"
+
+namespace kd::KD_ISA {
+namespace {
+
+constexpr int64_t kBlock = 1024;  // two blocks of float stay in L1
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+template <class A>
+constexpr A kInfinity = static_cast<A>(__builtin_inf());
+
+template <class A>
+constexpr int64_t padded(int64_t count) {
+  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+template <class A>
+constexpr Dtype kDtypeOf = sizeof(A) == 8 ? Dtype::f64 : Dtype::f32;
+
+template <class F>
+inline void with_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::f32:
+      return f(static_cast<float*>(nullptr));
+    case Dtype::f64:
+      return f(static_cast<double*>(nullptr));
+    case Dtype::f16:
+      return f(static_cast<Half*>(nullptr));
+    case Dtype::bf16:
+      return f(static_cast<BFloat16*>(nullptr));
+  }
+}
+
+inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+inline char* row_data(const LogitsMatrix& m, int64_t row) {
+  int64_t offset = 0;
+  for (int a = 0; a + 1 < m.axes; ++a) {
+    offset += row % m.size[a] * m.step[a];
+    row /= m.size[a];
+  }
+  if (m.axes) offset += row * m.step[m.axes - 1];
+  return m.data + offset * element_size(m.dtype);
+}
+
+template <class A>
+inline bool in_place(const LogitsMatrix& m, int64_t count) {
+  return m.dtype == kDtypeOf<A> && m.stride == 1 && count % kLanes<A> == 0;
+}
+
+// Classes [first, first + count) of a row, padded with -inf; class `hidden` reads as -inf too. In place where
+// it can be, else in `buffer`.
+template <class A>
+inline const A* load_block(const LogitsMatrix& m, const char* row, int64_t first, int64_t count,
+                           int64_t hidden, A* buffer) {
+  const bool hides = hidden >= first && hidden < first + count;
+  if (!hides && in_place<A>(m, count)) return reinterpret_cast<const A*>(row) + first;
+  with_dtype(m.dtype, [&](auto* tag) {
+    const auto* from = reinterpret_cast<decltype(tag)>(const_cast<char*>(row)) + first * m.stride;
+    if (m.stride == 1) {
+      convert(from, buffer, count);
+    } else {
+      for (int64_t i = 0; i < count; ++i) buffer[i] = load(from + i * m.stride);
+    }
+  });
+  for (int64_t i = count; i < padded<A>(count); ++i) buffer[i] = -kInfinity<A>;
+  if (hides) buffer[hidden - first] = -kInfinity<A>;
+  return buffer;
+}
+
+template <class A>
+inline void store_block(const LogitsMatrix& m, char* row, int64_t first, int64_t count, const A* buffer) {
+  with_dtype(m.dtype, [&](auto* tag) {
+    auto* to = reinterpret_cast<decltype(tag)>(row) + first * m.stride;
+    if (m.stride == 1) {
+      convert(buffer, to, count);
+    } else {
+      for (int64_t i = 0; i < count; ++i) store(to + i * m.stride, buffer[i]);
+    }
+  });
+}
+
+inline double load_one(const LogitsMatrix& m, const char* row, int64_t index) {
+  double value = 0;
+  with_dtype(m.dtype, [&](auto* tag) {
+    value = load(reinterpret_cast<decltype(tag)>(const_cast<char*>(row)) + index * m.stride);
+  });
+  return value;
+}
+
+inline void store_one(const LogitsMatrix& m, char* row, int64_t index, double value) {
+  with_dtype(m.dtype,
+             [&](auto* tag) { store(reinterpret_cast<decltype(tag)>(row) + index * m.stride, value); });
+}
+
+template <class A>
+inline double lanes_sum(const Vec<A>& v) {
+  double sum = 0;
+  for (int lane = 0; lane < kLanes<A>; ++lane) sum += static_cast<double>(v[lane]);
+  return sum;
+}
+
+// Where a row starts with nothing but -inf, its maximum is this finite number until there is a better one.
+template <class A>
+constexpr A kLowestMax = static_cast<A>(-1e30);
+
+// At least kLowestMax. NaN is not seen here; it shows in the sums.
+template <class A>
+inline A block_max(const A* block, int64_t count) {
+  Vec<A> largest = Vec<A>{} + kLowestMax<A>;
+  for (int64_t i = 0; i < count; i += kLanes<A>) {
+    const Vec<A> v = load_vec(block + i);
+    largest = v > largest ? v : largest;
+  }
+  A found = largest[0];
+  for (int lane = 1; lane < kLanes<A>; ++lane) found = largest[lane] > found ? largest[lane] : found;
+  return found;
+}
+
+template <class A>
+inline bool is_ignored(const LogitsCall<A>& call, int64_t row) {
+  return call.labels && call.labels[row] == call.ignore_index;
+}
+
+template <class A>
+void zero_row(const LogitsCall<A>& call, const LogitsMatrix& to, int64_t row) {
+  char* data = row_data(to, row);
+  for (int64_t k = 0; k < call.classes; ++k) store_one(to, data, k, 0);
+}
+
+inline double sigmoid(double x) {
+  return x < 0 ? __builtin_exp(x) / (1 + __builtin_exp(x)) : 1 / (1 + __builtin_exp(-x));
+}
+inline double softplus(double x) { return (x > 0 ? x : 0) + __builtin_log1p(__builtin_exp(x > 0 ? -x : x)); }
+
+}  // namespace
+}  // namespace kd::KD_ISA

@@ -1,0 +1,197 @@
+"""Op logits: the C++ backend against the float64 reference: kinds, shapes, strides, dtypes, hard inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import needs_extension
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from logit_checks import IGNORED, SETTINGS, check, make, run
+
+import kdfast
+from kdfast.ops.logits import logits
+from kdfast.reference.logits import KINDS
+
+pytestmark = needs_extension
+# One row; two classes; less than a vector; several vectors and a rest; several blocks of 1024; more than one part of
+# 32 rows, with threads.
+SHAPES = [(1, 2), (1, 7), (5, 2), (3, 5), (7, 100), (3, 16), (2, 2060), (70, 40)]
+
+
+def labels_of(setting: tuple, y: torch.Tensor, kind: str) -> torch.Tensor | None:
+    return y if setting[0] in ("dkd", "nkd") or kind == "ignored" else None
+
+
+@pytest.mark.parametrize("kind", ["plain", "mean", "saturated", "converged", "rising", "ignored"])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_matches_reference(setting, kind) -> None:
+    for shape in SHAPES if kind == "plain" else SHAPES[2:7]:
+        s, t, y = make(shape, kind)
+        check("cpu", s, t, labels_of(setting, y, kind), setting)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_dtypes(dtype, setting) -> None:
+    s, t, y = make((9, 133))
+    check("cpu", s.to(dtype), t.to(dtype), y, setting)
+    check("cpu", s, t.to(dtype), y, setting)
+    check("cpu", s.to(dtype), t, y, setting)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_strides(setting) -> None:
+    s, t, y = make((2, 6, 4, 21))
+    for change in (
+        lambda v: v[:, 1:-1, ::2],  # rows that no single stride reaches
+        lambda v: v.movedim(-1, 1).contiguous().movedim(1, -1),  # classes of a map [B, K, H, W]
+        lambda v: v.transpose(0, 2),
+        lambda v: v[:1, :, :1].expand(2, 6, 4, 21),
+        lambda v: v[0, 0, 0],  # one row without a row axis
+    ):
+        changed = change(s)
+        labels = y.reshape(-1)[: changed.numel() // 21].reshape(changed.shape[:-1])
+        check("cpu", changed, change(t), labels, setting)
+    check("cpu", s, t[..., :1, :].expand_as(t), y, setting)
+    check("cpu", s[..., ::2], t[..., 3:14], (y % 11), setting)
+
+
+@given(
+    rows=st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    classes=st.integers(2, 70),
+    order=st.permutations(range(3)),
+    step=st.integers(1, 2),
+    setting=st.sampled_from(SETTINGS),
+)
+@settings(max_examples=25, deadline=None)
+def test_random_views(rows, classes, order, step, setting) -> None:
+    shape = (*rows, classes)
+
+    def view() -> torch.Tensor:
+        memory = torch.randn([shape[a] * step for a in order])[(slice(None, None, step),) * 3]
+        return memory.permute([order.index(a) for a in range(3)])
+
+    check("cpu", view(), view(), torch.randint(0, classes, rows), setting)
+
+
+def test_vocabulary_of_256k() -> None:
+    s, t, y = make((2, 1 << 18))
+    for setting in SETTINGS[1::2]:
+        check("cpu", s, t, y, setting)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_row_counts(kind) -> None:
+    s, t, _ = make((3, 5))
+    for labels, student, teacher in (
+        (torch.full((3,), IGNORED), s, t),
+        (torch.zeros(0, dtype=torch.long), s[:0], t[:0]),
+    ):
+        for backend in ("cpu", "reference"):
+            with kdfast.use_backend(backend):
+                found = run(lambda a, b, y=labels: logits(a, b, y, kind=kind, alpha=1.0), student, teacher)
+            for v in found:
+                assert not v.any() and v.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["kl", "dkd"])
+def test_equal_logits_are_exactly_zero(kind) -> None:
+    s, _, y = make((5, 1500), "mean")
+    loss, grad_student, grad_teacher = run(lambda a, b: logits(a, b, y, kind=kind, alpha=1.0), s, s)
+    assert loss == 0 and not grad_student.any() and not grad_teacher.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows(kind, value) -> None:
+    for at in ((0, 0), (1, 1030)):
+        s, t, y = make((3, 1040))
+        s[at] = value
+        assert logits(s, t, y, kind=kind, alpha=1.0).isnan()
+
+
+def test_ignored_rows_are_not_read() -> None:
+    s, t, y = make((6, 40), "ignored")
+    s[y == IGNORED] = torch.nan
+    for kind in KINDS:
+        for v in run(lambda a, b, k=kind: logits(a, b, y, kind=k, alpha=1.0), s, t):
+            assert v.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_result_does_not_depend_on_threads(kind) -> None:
+    s, t, y = make((100, 700))
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(lambda a, b: logits(a, b, y, kind=kind, alpha=1.0), s, t))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_gradcheck_and_second_backward(backend, setting) -> None:
+    kind, alpha, beta, temperature = setting
+    s, t, y = make((4, 5))
+    y[0] = IGNORED
+    s, t = s.double().requires_grad_(), t.double().requires_grad_()
+
+    def call(a, b):
+        return logits(a, b, y, kind=kind, alpha=alpha, beta=beta, temperature=temperature)
+
+    with kdfast.use_backend(backend):
+        # NKD takes the weight of its first term, the teacher's, as a constant: finite differences do not.
+        inputs = (s, t) if kind != "nkd" else (s,)
+        function = call if kind != "nkd" else lambda a: call(a, t.detach())
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+        if kind == "nkd":
+            others = lambda b: logits(s.detach(), b, y, kind="nkd", beta=beta, temperature=temperature)  # noqa: E731
+            assert torch.autograd.gradcheck(others, (t,))
+
+
+def test_only_needed_gradients() -> None:
+    s, t, _ = make((4, 6))
+    s.requires_grad_()
+    loss = logits(s, t)
+    loss.backward(retain_graph=True)
+    first = s.grad.clone()
+    loss.backward()
+    assert torch.equal(s.grad, 2 * first) and t.grad is None
+    with torch.no_grad():
+        assert not logits(s, t).requires_grad
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_opcheck(kind, with_labels) -> None:
+    if not with_labels and KINDS[kind] in ("dkd", "nkd"):
+        return
+    s, t, y = make((2, 3, 7), "ignored")
+    labels, flags = y if with_labels else None, (kind, 1.0, 2.0, 3.0, IGNORED)
+    torch.library.opcheck(torch.ops.kdfast.logits.default, (s, t, labels, *flags))
+    loss, saved = torch.ops.kdfast.logits(s, t, labels, *flags)
+    arguments = (
+        torch.ones_like(loss),
+        s.transpose(0, 1).contiguous().transpose(0, 1),
+        t,
+        labels,
+        saved,
+        *flags,
+    )
+    torch.library.opcheck(torch.ops.kdfast.logits_backward.default, (*arguments, True, False))
+
+
+def test_wrong_calls_are_refused() -> None:
+    s, t, y = make((3, 5))
+    with pytest.raises(RuntimeError, match="axis 1 of student has 5, of teacher 4"):
+        logits(s, t[:, :4])
+    with pytest.raises(RuntimeError, match="need labels|needs labels"):
+        logits(s, t, kind="dkd")
+    with pytest.raises(RuntimeError, match="label 5 of row 1 is neither a class, 0 to 4"):
+        logits(s, t, torch.tensor([0, 5, 1]), kind="dkd")
+    with pytest.raises(RuntimeError, match="must be float32"):
+        logits(s.int(), t)

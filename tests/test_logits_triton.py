@@ -1,0 +1,68 @@
+"""The Triton kernels of ``logits`` in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpret."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from logit_checks import IGNORED, SETTINGS, check, make
+
+from kdfast import backend, use_backend
+from kdfast.ops.logits import logits
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(not backend.interpreting(), reason="needs TRITON_INTERPRET=1"),
+]
+KERNELS = [s for s in SETTINGS if s[0] != "dist"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "mean", "saturated", "converged", "rising", "ignored"])
+@pytest.mark.parametrize("setting", KERNELS, ids=str)
+def test_matches_reference(setting, kind) -> None:
+    for shape in ((1, 2), (3, 5), (4, 16), (2, 2100)):
+        s, t, y = make(shape, kind)
+        check("triton", s, t, y if kind == "ignored" or setting[0] != "kl" else None, setting)
+
+
+@pytest.mark.parametrize("setting", KERNELS, ids=str)
+def test_float64_and_float16(setting) -> None:
+    s, t, y = make((3, 33))
+    check("triton", s.double(), t.double(), y, (*setting[:3], 3.0), floor=1e-13)
+    check("triton", s.half(), t, y, setting)
+
+
+def test_strides() -> None:
+    s, t, y = make((2, 6, 4, 21))
+    for change in (
+        lambda v: v[:, 1:-1, ::2],
+        lambda v: v.movedim(-1, 1).contiguous().movedim(1, -1),
+        lambda v: v.transpose(0, 2),
+        lambda v: v[:1, :, :1].expand(2, 6, 4, 21),
+        lambda v: v[0, 0, 0],
+    ):
+        changed = change(s)
+        labels = y.reshape(-1)[: changed.numel() // 21].reshape(changed.shape[:-1])
+        check("triton", changed, change(t), labels, KERNELS[2])
+
+
+def test_no_row_counts() -> None:
+    s, t, _ = make((3, 5))
+    s.requires_grad_()
+    with use_backend("triton"):
+        for n in (3, 0):
+            loss = logits(s[:n], t[:n], torch.full((n,), IGNORED), kind="dkd", alpha=1.0)
+            (gradient,) = torch.autograd.grad(loss, s)
+            assert loss == 0 and not gradient.any()
+
+
+def test_a_label_out_of_range_shows() -> None:
+    s, t, _ = make((2, 5))
+    with use_backend("triton"):
+        for kind in ("dkd", "nkd"):
+            assert logits(s, t, torch.tensor([1, 5]), kind=kind, alpha=1.0).isnan()
+
+
+def test_dist_is_refused_by_name() -> None:
+    s, t, _ = make((2, 5))
+    with use_backend("triton"), pytest.raises(NotImplementedError, match="dist"):
+        logits(s, t, kind="dist")
