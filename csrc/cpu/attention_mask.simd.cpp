@@ -1,5 +1,5 @@
-// The passes of the op attention_mask over its maps. Each works on blocks of kRows rows, so that what belongs to a column
-// is loaded and stored once per block, and the sums over rows are short trees. Bytes per element (e: its size): pool e,
+// The passes of the op attention_mask over its maps. Where rows lie apart, each works on blocks of kRows rows, so that what
+// belongs to a column is loaded and stored once per block, and the sums over rows are short trees. Bytes per element (e: its size): pool e,
 // errors 2e, gradient 3e; some 5 to 15 operations, so that memory is the limit.
 
 #include "cpu/attention_mask.h"
@@ -47,6 +47,19 @@ inline A lane_sum(const Vec<A>& v) {
   return parts[0];
 }
 
+template <class A, int R>
+inline void store_lane_sums(const Vec<A>* v, A* to) {
+  if constexpr (R == 4) {
+    for (int i = 0; i < R; ++i) to[i] = 0;
+    add_sums4<A>(v, to);
+  } else {
+    for (int i = 0; i < R; ++i) to[i] = lane_sum<A>(v[i]);
+  }
+}
+
+// Rows to come: processors do not foresee where they begin.
+inline void fetch(const void* address) { __builtin_prefetch(address); }
+
 // The first `count` values of a row, the others 0.
 template <class T, class A>
 inline Vec<A> load_columns(const T* from, int64_t count) {
@@ -85,10 +98,11 @@ inline void for_columns(int64_t columns, const F& f) {
   if (j < columns) f(j, columns - j);
 }
 
+// Rows that follow one another within a page are read one by one: several streams in a page defeat the prefetcher.
 template <class F>
-inline void for_row_blocks(int64_t rows, const F& f) {
+inline void for_row_blocks(int64_t rows, int64_t row_bytes, const F& f) {
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) f.template operator()<kRows>(r);
+  for (; r + kRows <= rows && row_bytes >= 4096; r += kRows) f.template operator()<kRows>(r);
   for (; r < rows; ++r) f.template operator()<1>(r);
 }
 
@@ -104,12 +118,15 @@ inline Vec<A> tree_sum(const Vec<A>* v) {
 template <class T, class A, bool kSigned>
 void pool_map(const T* x, int64_t stride, int64_t rows, int64_t columns, A* rows_abs, A* columns_abs, A* rows_signed,
               A* columns_signed) {
-  for_row_blocks(rows, [&]<int R>(int64_t r) {
+  for_row_blocks(rows, stride * static_cast<int64_t>(sizeof(T)), [&]<int R>(int64_t r) {
     const T* const block = x + r * stride;
     Vec<A> sum_abs[R] = {}, sum_signed[R] = {};
     for_columns<A>(columns, [&](int64_t j, int64_t left) {
       Vec<A> v[R];
-      for (int i = 0; i < R; ++i) v[i] = load_columns<T, A>(block + i * stride + j, left);
+      for (int i = 0; i < R; ++i) {
+        v[i] = load_columns<T, A>(block + i * stride + j, left);
+        fetch(block + (i + 3 * R) * stride + j);
+      }
       if constexpr (kSigned) {
         store_vec(columns_signed + j, load_vec(columns_signed + j) + tree_sum<A, R>(v));
         for (int i = 0; i < R; ++i) sum_signed[i] += v[i];
@@ -120,17 +137,15 @@ void pool_map(const T* x, int64_t stride, int64_t rows, int64_t columns, A* rows
       }
       store_vec(columns_abs + j, load_vec(columns_abs + j) + tree_sum<A, R>(v));
     });
-    for (int i = 0; i < R; ++i) {
-      rows_abs[r + i] = lane_sum<A>(sum_abs[i]);
-      if constexpr (kSigned) rows_signed[r + i] = lane_sum<A>(sum_signed[i]);
-    }
+    store_lane_sums<A, R>(sum_abs, rows_abs + r);
+    if constexpr (kSigned) store_lane_sums<A, R>(sum_signed, rows_signed + r);
   });
 }
 
 template <class T, class A, bool kColumns>
 void errors_of(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64_t rows, int64_t columns,
                const A* row_weights, const A* column_weights, A* row_errors, A* column_errors) {
-  for_row_blocks(rows, [&]<int R>(int64_t r) {
+  for_row_blocks(rows, x_stride * static_cast<int64_t>(sizeof(T)), [&]<int R>(int64_t r) {
     const T *const xs = x + r * x_stride, *const ys = y + r * y_stride;
     Vec<A> sums[R] = {};
     for_columns<A>(columns, [&](int64_t j, int64_t left) {
@@ -138,30 +153,35 @@ void errors_of(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64
       Vec<A> weighted[R];
       for (int i = 0; i < R; ++i) {
         const Vec<A> d = load_columns<T, A>(xs + i * x_stride + j, left) - load_columns<T, A>(ys + i * y_stride + j, left);
+        fetch(xs + (i + 3 * R) * x_stride + j), fetch(ys + (i + 3 * R) * y_stride + j);
         const Vec<A> square = d * d;
         sums[i] += weight * square;
         if constexpr (kColumns) weighted[i] = row_weights[r + i] * square;
       }
       if constexpr (kColumns) store_vec(column_errors + j, load_vec(column_errors + j) + tree_sum<A, R>(weighted));
     });
-    for (int i = 0; i < R; ++i) row_errors[r + i] = lane_sum<A>(sums[i]);
+    store_lane_sums<A, R>(sums, row_errors + r);
   });
 }
 
 template <class T, class A>
 void gradient_of(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64_t rows, int64_t columns,
                  const A* const row_terms[3], const A* const column_terms[3], T* out, int64_t out_stride) {
-  for_row_blocks(rows, [&]<int R>(int64_t r) {
+  for_row_blocks(rows, x_stride * static_cast<int64_t>(sizeof(T)), [&]<int R>(int64_t r) {
     const T *const xs = x + r * x_stride, *const ys = y + r * y_stride;
     T* const to = out + r * out_stride;
+    A terms[3][R];  // copies, which writing to `out` cannot change
+    for (int t = 0; t < 3; ++t) {
+      for (int i = 0; i < R; ++i) terms[t][i] = row_terms[t][r + i];
+    }
     for_columns<A>(columns, [&](int64_t j, int64_t left) {
       const Vec<A> sign = load_vec(column_terms[0] + j), plain = load_vec(column_terms[1] + j);
       const Vec<A> weight = load_vec(column_terms[2] + j);
       for (int i = 0; i < R; ++i) {
         const Vec<A> v = load_columns<T, A>(xs + i * x_stride + j, left);
+        fetch(xs + (i + 3 * R) * x_stride + j), fetch(ys + (i + 3 * R) * y_stride + j);
         const Vec<A> d = v - load_columns<T, A>(ys + i * y_stride + j, left);
-        const Vec<A> g = times_sign<A>(v, sign + row_terms[0][r + i]) + (plain + row_terms[1][r + i]) +
-                         weight * row_terms[2][r + i] * d;
+        const Vec<A> g = times_sign<A>(v, sign + terms[0][i]) + (plain + terms[1][i]) + weight * terms[2][i] * d;
         store_columns<T, A>(to + i * out_stride + j, g, left);
       }
     });

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import attention_mask as reference
-from ..reference.attention_mask import accumulator
+from ..reference.attention_mask import accumulator, mask
 from ._define import define
 
 
@@ -77,7 +77,9 @@ def _reference(student, teacher, adapted, *settings):
     if s.through:
         square = (x.to(dtype) - teacher.to(dtype)).square()
         spatial_mask, channel_mask = (
-            torch.cat([spatial_mask, (channel_mask[0, :, :, None, None] * square).sum(1, keepdim=True)[None]]),
+            torch.cat(
+                [spatial_mask, (channel_mask[0, :, :, None, None] * square).sum(1, keepdim=True)[None]]
+            ),
             torch.cat([channel_mask, (spatial_mask[0] * square).sum((2, 3))[None]]),
         )
     distances = torch.cat([transfer, masked[None]])
@@ -165,7 +167,9 @@ def _op(name: str, triton: bool):
     return getattr(torch.ops.kdfast, f"{name}_triton" if triton else name)
 
 
-def _again(call, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]):
+def _again(
+    call, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]
+):
     """Gradients that can be differentiated: those of the reference, ``call`` of the inputs."""
     with torch.enable_grad():
         # Aliases: one input may be computed from another, whose gradient must not come along that way too.
@@ -223,7 +227,16 @@ class _AttentionMask(torch.autograd.Function):
             )
         if needed[2]:
             results[2] = _op("attention_mask_backward", ctx.triton)(
-                adapted, teacher if grad_loss is not None else None, grad_loss, terms, None, None, *masks, None, None, 0
+                adapted,
+                teacher if grad_loss is not None else None,
+                grad_loss,
+                terms,
+                None,
+                None,
+                *masks,
+                None,
+                None,
+                0,
             )
         return *results, None, None
 
@@ -276,12 +289,18 @@ class _Pool(torch.autograd.Function):
             found = _again(lambda x: reference.attention_pool(x, ctx.signed), (x,), (True,), grads)
             return *found, None, None
         nothing = (None,) * 7
-        return _op("attention_mask_backward", ctx.triton)(x, *nothing, grad_spatial, grad_channel, 0), None, None
+        return (
+            _op("attention_mask_backward", ctx.triton)(x, *nothing, grad_spatial, grad_channel, 0),
+            None,
+            None,
+        )
 
 
 class _MaskedDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, spatial_mask: Tensor, channel_mask: Tensor, triton: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, spatial_mask: Tensor, channel_mask: Tensor, triton: bool
+    ) -> Tensor:
         terms = _op("masked_distance", triton)(x, y, spatial_mask, channel_mask)
         ctx.save_for_backward(x, y, spatial_mask, channel_mask, terms)
         ctx.triton = triton
