@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from .backend import info, use_backend
+from .losses.attention import AttentionGuidedLoss, attention_masks
 from .losses.gram import (
     CKALoss,
     GramMMDLoss,
@@ -16,6 +17,7 @@ from .losses.gram import (
 )
 
 __all__ = [
+    "AttentionGuidedLoss",
     "CKALoss",
     "GramMMDLoss",
     "GramProducts",
@@ -23,6 +25,7 @@ __all__ = [
     "PairwiseAffinityLoss",
     "RCKALoss",
     "SimilarityPreservingLoss",
+    "attention_masks",
     "gram_products",
     "info",
     "linear_cka",

@@ -482,7 +482,10 @@ Tensor attention_mask_backward_cpu(const Tensor& x, std::optional<Tensor> other,
                          {grad_spatial, "grad_spatial", pixels},
                          {grad_channel, "grad_channel", channels},
                          side};
-    backward<A>(x, other.value_or(x), parts, other.has_value(), out);
+    const bool fits = reads_planar(out) || reads_by_pixel(out);
+    Tensor written = fits ? out : torch::stable::contiguous(out);
+    backward<A>(x, other.value_or(x), parts, other.has_value(), written);
+    if (!fits) torch::stable::copy_(out, written);
   });
   return out;
 }

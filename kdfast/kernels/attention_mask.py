@@ -9,6 +9,7 @@ whatever their strides.
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,12 @@ class Config(NamedTuple):
     acc: tl.dtype
 
 
+def _split(value: float) -> tuple[float, float]:
+    """A number in two parts, since kernels take float32: enough for float64."""
+    high = ctypes.c_float(value).value
+    return high, value - high
+
+
 def _map(x: Tensor) -> Map:
     b, c, h, w = x.stride()
     return Map(x, b, c, h, h if x.shape[3] == 1 else w, x.shape[3])
@@ -61,6 +68,11 @@ def _config(*maps: Tensor) -> Config:
     channels = min(ELEMENTS // block, triton.next_power_of_2(c))
     acc = tl.float64 if accumulator(*maps) == torch.float64 else tl.float32
     return Config(channels, block, all(map(_is_flat, maps)), acc)
+
+
+@triton.jit
+def _number(parts, acc: tl.constexpr):
+    return tl.full([], 0, acc) + parts[0] + parts[1]
 
 
 @triton.jit
@@ -158,7 +170,7 @@ def _mask(
     ACC: tl.constexpr, SIGNED: tl.constexpr, SUM: tl.constexpr, USED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     student, teacher = pooled + image * n, pooled + (batch + image) * n
-    inverse = (1.0 / temperature).to(ACC)
+    inverse = 1 / _number(temperature, ACC)
     if SUM:
         highest, total = _softmax_terms((student, teacher), n, inverse, ACC, BLOCK)
         highest_t, total_t = highest, total
@@ -229,6 +241,7 @@ def finish(
     ACC: tl.constexpr, TRANSFER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Distances, what their gradients are divided by, and the loss; one program."""
+    transfer_weight, masked_weight = _number(transfer_weight, ACC), _number(masked_weight, ACC)
     masked = tl.sqrt(_sum(sums, programs, ACC, BLOCK))
     spatial, channel = masked * 0, masked * 0
     if TRANSFER:
@@ -334,8 +347,8 @@ class _Call:
     def finish(self, squares: Tensor, sums: Tensor, transfer_weight: float, masked_weight: float):
         loss, terms = self.new(), self.new(2, 3)
         finish[(1,)](
-            squares, sums, loss, terms, self.batch, sums.shape[0], transfer_weight, masked_weight,
-            self.config.acc, transfer_weight != 0, 1024, num_warps=WARPS,
+            squares, sums, loss, terms, self.batch, sums.shape[0], _split(transfer_weight),
+            _split(masked_weight), self.config.acc, transfer_weight != 0, 1024, num_warps=WARPS,
         )  # fmt: skip
         return loss, terms
 
@@ -370,7 +383,7 @@ def attention_mask(
         if call.batch > 0:
             masks[(call.batch, 2)](
                 spatial, channel, spatial_mask, channel_weights, squares, call.batch, call.count, call.channels,
-                temperature, call.config.acc, signed, softmax_of_sum, channel_mask, MASK_BLOCK, num_warps=WARPS,
+                _split(temperature), call.config.acc, signed, softmax_of_sum, channel_mask, MASK_BLOCK, num_warps=WARPS,
             )  # fmt: skip
         sums = call.errors(x, teacher, spatial_mask, channel_weights, through)
         loss, terms = call.finish(squares, sums, transfer_weight, masked_weight)
