@@ -20,9 +20,9 @@ from torch import Tensor
 from ..reference.attention_mask import accumulator
 from ._launch import on_device
 
-ELEMENTS, WARPS = 4096, 8  # of a tile: 16 values in every thread, two maps at once
+ELEMENTS, WARPS = 4096, 8  # of a tile: 16 values in every thread, of two maps at once; half as many in float64
 PIXELS, PIXELS_CHANNELS_LAST = 256, 128  # of a block at most; the sums left per block take 1/256 or 1/128 of a map
-MASK_BLOCK = 2048
+MASK_BLOCK = 4096
 
 
 class Map(NamedTuple):
@@ -65,8 +65,9 @@ def _config(*maps: Tensor) -> Config:
     channels_last = maps[0].stride(1) == 1 and pixels > 1
     most = PIXELS_CHANNELS_LAST if channels_last else PIXELS
     block = min(most, triton.next_power_of_2(pixels))
-    channels = min(ELEMENTS // block, triton.next_power_of_2(c))
-    acc = tl.float64 if accumulator(*maps) == torch.float64 else tl.float32
+    wide = accumulator(*maps) == torch.float64
+    channels = min(ELEMENTS // (1 + wide) // block, triton.next_power_of_2(c))
+    acc = tl.float64 if wide else tl.float32
     return Config(channels, block, all(map(_is_flat, maps)), acc)
 
 
