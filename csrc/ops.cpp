@@ -7,6 +7,9 @@
 
 #include "cpu/attention_mask_ops.h"
 #include "cpu/gram_ops.h"
+#ifdef KD_WITH_CUDA
+#include "cuda/gram_ops.h"
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("attention_mask", TORCH_BOX(&kd::attention_mask_cpu));
@@ -18,5 +21,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
 }
 
 #ifdef KD_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) { (void)m; }
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
+  m.impl("gram", TORCH_BOX(&kd::gram_cuda));
+  m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cuda));
+}
 #endif

@@ -21,7 +21,9 @@ class Split(NamedTuple):
         if fraction == 1:
             return self
         labels = self.labels.cpu().numpy()
-        chosen, _ = train_test_split(range(len(labels)), train_size=fraction, stratify=labels, random_state=seed)
+        chosen, _ = train_test_split(
+            range(len(labels)), train_size=fraction, stratify=labels, random_state=seed
+        )
         return Split(self.images[chosen], self.labels[chosen])
 
 
@@ -60,7 +62,7 @@ class Output(NamedTuple):
 
 
 class ConvNet(nn.Module):
-    """Three stages of ``depth`` convolutions each, at 8 x 8, 4 x 4 and 2 x 2 pixels, with w, 2w and 4w channels."""
+    """Three stages of ``depth`` convolutions, at 8 x 8, 4 x 4 and 2 x 2 pixels; w, 2w and 4w channels."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()

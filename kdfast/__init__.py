@@ -1,6 +1,17 @@
 """kdfast: fast, exact knowledge-distillation losses."""
 
+import warnings
+
+from . import _extension
+
 __version__ = "0.1.0"
+
+if _extension.load_error is not None:
+    warnings.warn(
+        f"kdfast runs its PyTorch reference on the CPU, without its C++ kernels: {_extension.load_error}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 from .backend import info, use_backend
 from .losses.attention import AttentionGuidedLoss, attention_masks

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of Triton launches as an op makes them, without a GPU.
 
-``launches(call)`` runs host code on meta tensors and records what it would launch; ``resources`` compiles one launch
-for an architecture, with the very types, constants and alignments that Triton would find at run time.
+``launches(call)`` runs host code on meta tensors and records what it would launch; ``resources`` compiles one
+launch for an architecture, with the very types, constants and alignments that Triton would find at run time.
 """
 
 from __future__ import annotations

@@ -36,13 +36,14 @@ def _run(call, x: Tensor, y: Tensor, product_weights: Tensor, distance_weights: 
 def check(backend: str, x: Tensor, y: Tensor, *, floor: float = 3e-6, **flags) -> None:
     """Products, distances and both gradients of a backend against the reference in float64.
 
-    A maximal error may be twice that of the reference in the inputs' own type, plus ``floor`` times the largest value
-    (distances: at least 1). Memory that the backend does not write is NaN.
+    A maximal error may be twice that of the reference in the inputs' own type, plus ``floor`` times the
+    largest value (distances: at least 1). Memory that the backend does not write is NaN.
     """
     compare = reference.COMPARISONS.index(flags.get("compare", "cka"))
     centered, cosine, inter = (
-        flags.get(name, default)
-        for name, default in (("centered", True), ("cosine", False), ("inter", False))
+        flags.get("centered", True),
+        flags.get("cosine", False),
+        flags.get("inter", False),
     )
 
     def plain(a: Tensor, b: Tensor):

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of the gram op, compiled for the CPU with tests/cuda_emulator: logic and indexing without a GPU."""
+"""The CUDA C++ kernels of the gram op on the CPU, by tests/cuda_emulator: logic and indexing without a GPU."""
 
 import ctypes
 import shutil
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p)] + [(n, ctypes.c_int64) for n in ("group", "row", "feature", "features")]
+    _fields_ = [("data", ctypes.c_void_p)] + [
+        (n, ctypes.c_int64) for n in ("group", "row", "feature", "features")
+    ]
 
 
 class Problem(ctypes.Structure):
@@ -40,7 +42,16 @@ def library(tmp_path_factory):
     flags = "-std=c++20 -O2 -fno-strict-aliasing -Wno-unknown-pragmas -pthread -shared -fPIC"
     emulator = ROOT / "tests" / "cuda_emulator" / "cuda_emulator.h"
     source = ROOT / "csrc" / "cuda" / "gram.cu"
-    command = ["g++", *flags.split(), f"-I{ROOT / 'csrc'}", "-include", str(emulator), "-x", "c++", str(source)]
+    command = [
+        "g++",
+        *flags.split(),
+        f"-I{ROOT / 'csrc'}",
+        "-include",
+        str(emulator),
+        "-x",
+        "c++",
+        str(source),
+    ]
     subprocess.run([*command, "-o", str(path)], check=True)
     library = ctypes.CDLL(str(path))
     library.kd_gram_workspace.restype = ctypes.c_int64
@@ -100,7 +111,10 @@ def truth(x, y, centered, inter, grad_products, grad_distance, dtype):
     views = [v[:, :, None, :, None, None] for v in (x, y)]
     outputs = reference(*views, 0, bool(centered), False, bool(inter), False)
     grads = torch.autograd.grad(
-        outputs, (x, y), (grad_products.to(outputs[0].dtype), grad_distance.to(outputs[1].dtype)), materialize_grads=True
+        outputs,
+        (x, y),
+        (grad_products.to(outputs[0].dtype), grad_distance.to(outputs[1].dtype)),
+        materialize_grads=True,
     )
     return *outputs, *grads
 
@@ -198,8 +212,13 @@ def test_half(library, dtype):
 def test_range(library, scale):
     x, y = pair(1, 34, 20, 20)
     for inter in (0, 1):
-        found, exact = run(library, scale * x, y, 1, inter, True, torch.zeros(1 + inter, 3, 1), torch.ones(1 + inter, 1)), truth(
-            scale * x, y, 1, inter, torch.zeros(1 + inter, 3, 1), torch.ones(1 + inter, 1), torch.float64
+        found, exact = (
+            run(
+                library, scale * x, y, 1, inter, True, torch.zeros(1 + inter, 3, 1), torch.ones(1 + inter, 1)
+            ),
+            truth(
+                scale * x, y, 1, inter, torch.zeros(1 + inter, 3, 1), torch.ones(1 + inter, 1), torch.float64
+            ),
         )
         for f, e in zip(found[1:], exact[1:], strict=True):
             assert error(f, e, e.abs().max()) < 1e-5
@@ -212,7 +231,9 @@ def strided(kind, n, d):
         return features(1, 2 * n, d + 3)[:, ::2, 1 : 1 + d], features(1, n, 2 * d, seed=1)[:, :, ::2]
     if kind == "mixed":
         return features(1, d, n).mT, features(1, n, d, seed=1)
-    return features(1, n, d), features(1, 1, d, seed=1).expand(1, n, d)  # every row the same: a zero Gram if centred
+    return features(1, n, d), features(1, 1, d, seed=1).expand(
+        1, n, d
+    )  # every row the same: a zero Gram if centred
 
 
 @pytest.mark.parametrize("kind", ["transposed", "sliced", "mixed", "expanded"])
@@ -220,7 +241,17 @@ def strided(kind, n, d):
 def test_strides(library, kind, inter):
     x, y = strided(kind, 36, 44)
     if kind == "expanded":  # the gradient of an expanded view gets its own memory
-        found = run(library, x, y, 1, inter, True, torch.zeros(1 + inter, 3, 1), torch.ones(1 + inter, 1), (True, False))
+        found = run(
+            library,
+            x,
+            y,
+            1,
+            inter,
+            True,
+            torch.zeros(1 + inter, 3, 1),
+            torch.ones(1 + inter, 1),
+            (True, False),
+        )
         assert found[1][0].item() == 1.0
         assert torch.isfinite(found[2]).all()
         return

@@ -1,4 +1,5 @@
-"""Every Triton kernel, as its op launches it, compiled for the architectures we ship to: pytest -m aot. Needs no GPU.
+"""Every Triton kernel, as its op launches it, compiled for the shipped architectures: pytest -m aot; needs no
+GPU.
 
 An op adds its launches to CASES: a name, the float32 matmul precision, and a call on meta tensors.
 """

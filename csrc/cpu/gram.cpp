@@ -1,5 +1,6 @@
-// Op gram on the CPU: from the small matrices of a group to distances, and from gradients of those to what multiplies the
-// tiles. Formulas: METHODS 1.1 to 1.3 as written in kdfast/reference/gram.py; plan and threads: gram_problem.h.
+// Op gram on the CPU: from the small matrices of a group to distances, and from gradients of those to what
+// multiplies the tiles. Formulas: METHODS 1.1 to 1.3 as written in kdfast/reference/gram.py; plan and
+// threads: gram_problem.h.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -13,17 +14,6 @@ namespace {
 struct TermGradient {
   double xy, xx, yy, distance;
 };
-
-template <class A>
-double norm_sq(const A* m, int64_t rows, int64_t columns, int64_t ld) {
-  double total = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    double row = 0;
-    for (int64_t j = 0; j < columns; ++j) row += static_cast<double>(m[i * ld + j]) * static_cast<double>(m[i * ld + j]);
-    total += row;
-  }
-  return total;
-}
 
 // Products and distance from squared norms: the side that is not N x N.
 struct NormTerm {
@@ -41,7 +31,8 @@ struct NormTerm {
   Factors gradient(Compare compare, double n, const TermGradient& g) const {
     Factors f{2 * g.xy, 4 * g.xx, 4 * g.yy};
     if (compare == Compare::difference) {
-      f.cross -= 4 * g.distance / (n * n), f.own_x += 4 * g.distance / (n * n), f.own_y += 4 * g.distance / (n * n);
+      f.cross -= 4 * g.distance / (n * n), f.own_x += 4 * g.distance / (n * n),
+          f.own_y += 4 * g.distance / (n * n);
     } else if (!empty()) {
       const double scale = 2 * g.distance / (std::sqrt(xx) * std::sqrt(yy));
       f.cross -= scale, f.own_x += scale * xy / xx, f.own_y += scale * xy / yy;
@@ -50,74 +41,54 @@ struct NormTerm {
   }
 };
 
-// The matrices of one group after centring both ways, from those of the doubly centred tiles with their column means as
-// last row: intra Grams get the row means back, inter ones the column means (both rank-one updates).
+// The matrices of one group for both terms. Centred: the tiles are doubly centred and have their column means
+// as last row; intra Grams get the row means back, inter ones the column means (both rank-one updates).
 template <class A>
 class PairTerms {
  public:
   PairTerms(const GramProblem<A>& p, int64_t g, A* matrices)
-      : n_(p.view(0).rows), ld_(p.padded(0)), k_(n_ * ld_), l_(n_ * ld_), m_(n_ * ld_), kr_(n_ * ld_), lr_(n_ * ld_) {
-    const A* means[2];
-    std::vector<A> centred[2];
+      : n_(p.view(0).rows), ld_(p.padded(0)), storage_(p.extended() ? 4 * n_ * ld_ : 0), m_(p.xy(matrices)) {
+    A* const grams[2] = {p.xx(matrices), p.yy(matrices)};
     for (int s : {0, 1}) {
-      means[s] = nullptr;
+      intra_[s] = inter_[s] = grams[s];
       if (!p.extended()) continue;
       double mean = 0;
       for (int64_t i = 0; i < n_; ++i) mean += p.row_mean(s, g)[i] / static_cast<double>(n_);
-      for (int64_t i = 0; i < n_; ++i) centred[s].push_back(static_cast<A>(p.row_mean(s, g)[i] - mean));
-      means[s] = centred[s].data();
+      for (int64_t i = 0; i < n_; ++i) row_means_[s].push_back(static_cast<A>(p.row_mean(s, g)[i] - mean));
+      intra_[s] = storage_.get() + 2 * s * n_ * ld_;
+      inter_[s] = intra_[s] + n_ * ld_;
+      p.kernels_table().rank_one_updates(grams[s], n_, ld_, row_means(s), p.view(s).features, intra_[s],
+                                         inter_[s]);
     }
-    update(p.xx(matrices), means[0], p.view(0).features, k_.get(), kr_.get());
-    update(p.yy(matrices), means[1], p.view(1).features, l_.get(), lr_.get());
-    const A* xy = p.xy(matrices);
-    for (int64_t i = 0; i < n_; ++i) {
-      for (int64_t j = 0; j < n_; ++j) {
-        A v = xy[i * ld_ + j];
-        if (p.extended()) v += xy[i * ld_ + n_] + xy[n_ * ld_ + j] + xy[n_ * ld_ + n_];
-        m_.get()[i * ld_ + j] = v;
-      }
-    }
-    row_means_[0] = std::move(centred[0]), row_means_[1] = std::move(centred[1]);
-    inter = {norm_sq(m_.get(), n_, n_, ld_), norm_sq(kr_.get(), n_, n_, ld_), norm_sq(lr_.get(), n_, n_, ld_)};
+    if (p.extended()) p.kernels_table().update_cross(m_, n_, ld_);
+    const auto norm = [&](const A* m) { return p.kernels_table().norm_sq(m, n_, n_, ld_); };
+    inter = {norm(m_), norm(inter_[0]), norm(inter_[1])};
   }
 
-  A* k() const { return k_.get(); }
-  A* l() const { return l_.get(); }
-  const A* m() const { return m_.get(); }                    // Xr Yr^T
-  const A* kr() const { return kr_.get(); }                  // Xr Xr^T
-  const A* lr() const { return lr_.get(); }
-  const std::vector<A>& row_means(int side) const { return row_means_[side]; }
+  A* gram(int side) const { return intra_[side]; }              // of the column-centred X or Y
+  const A* inter_gram(int side) const { return inter_[side]; }  // of the row-centred Xr or Yr
+  const A* cross() const { return m_; }                         // Xr Yr^T; row n and column n hold its sums
+  const A* row_means(int side) const { return row_means_[side].empty() ? nullptr : row_means_[side].data(); }
 
   NormTerm inter;
 
  private:
-  void update(const A* gram, const A* row_means, int64_t features, A* intra, A* inter) const {
-    for (int64_t i = 0; i < n_; ++i) {
-      for (int64_t j = 0; j < n_; ++j) {
-        A v = gram[i * ld_ + j], w = v;
-        if (row_means) {
-          v += static_cast<A>(features) * row_means[i] * row_means[j];
-          w += gram[i * ld_ + n_] + gram[n_ * ld_ + j] + gram[n_ * ld_ + n_];
-        }
-        intra[i * ld_ + j] = v;
-        inter[i * ld_ + j] = w;
-      }
-    }
-  }
-
   int64_t n_, ld_;
-  Buffer<A> k_, l_, m_, kr_, lr_;
+  Buffer<A> storage_;
+  A *intra_[2], *inter_[2], *m_;
   std::vector<A> row_means_[2];
 };
 
 template <class A>
 CompareArgs<A> arguments(const GramProblem<A>& p, A* k, A* l, const TermGradient& g = {}) {
-  return {p.flags().compare, p.flags().centered, p.view(0).rows, p.padded(0), k, l, g.distance, g.xy, g.xx, g.yy};
+  return {
+      p.flags().compare, p.flags().centered, p.view(0).rows, p.padded(0), k, l, g.distance, g.xy, g.xx, g.yy};
 }
 
 template <class A>
 NormTerm feature_term(const GramProblem<A>& p, A* matrices) {
   const int64_t dx = p.view(0).rows, dy = p.view(1).rows;
+  const auto norm_sq = p.kernels_table().norm_sq;
   return {norm_sq(p.xy(matrices), dx, dy, p.padded(1)), norm_sq(p.xx(matrices), dx, dx, p.padded(0)),
           norm_sq(p.yy(matrices), dy, dy, p.padded(1))};
 }
@@ -133,7 +104,7 @@ void forward_group(const GramProblem<A>& p, int64_t g, A* matrices, double* prod
     set(0, feature_term(p, matrices), static_cast<double>(p.view(0).features));
   } else if (p.flags().inter) {
     const PairTerms<A> terms(p, g, matrices);
-    distance[0] = p.kernels_table().compare(arguments(p, terms.k(), terms.l()), products);
+    distance[0] = p.kernels_table().compare(arguments(p, terms.gram(0), terms.gram(1)), products);
     set(1, terms.inter, static_cast<double>(p.view(0).features));
   } else {
     distance[0] = p.kernels_table().compare(arguments(p, p.xx(matrices), p.yy(matrices)), products);
@@ -154,9 +125,25 @@ template <class A>
 std::unique_ptr<Buffer<A>> packed(const GramProblem<A>& p, int side, int from, const A* m, int64_t row_stride,
                                   int64_t column_stride = 1, double scale = 1) {
   auto buffer = std::make_unique<Buffer<A>>(p.mix_elements(side, from));
-  p.kernels_table().pack_mix(m, row_stride, column_stride, scale, p.view(side).rows, p.rows(from), buffer->get());
+  p.kernels_table().pack_mix(m, row_stride, column_stride, scale, p.view(side).rows, p.rows(from),
+                             buffer->get());
   return buffer;
 }
+
+// A matrix for each side whose gradient is wanted, else null.
+template <class A>
+class SideGrams {
+ public:
+  SideGrams(const GramProblem<A>& p, int64_t elements) {
+    for (int s : {0, 1}) {
+      if (p.wants(s)) grams_[s] = std::make_unique<Buffer<A>>(elements);
+    }
+  }
+  A* get(int side) const { return grams_[side] ? grams_[side]->get() : nullptr; }
+
+ private:
+  std::unique_ptr<Buffer<A>> grams_[2];
+};
 
 template <class A>
 GroupMix<A> feature_mix(const GramProblem<A>& p, A* matrices, const TermGradient& g) {
@@ -164,10 +151,14 @@ GroupMix<A> feature_mix(const GramProblem<A>& p, A* matrices, const TermGradient
   auto f = feature_term(p, matrices).gradient(p.flags().compare, static_cast<double>(samples), g);
   if (p.flags().centered && samples <= 2) f = {0, 0, 0};
   GroupMix<A> mix;
-  mix.own[0] = packed(p, 0, 0, p.xx(matrices), ldx, 1, f.own_x);
-  mix.other[0] = packed(p, 0, 1, p.xy(matrices), ldy, 1, f.cross);
-  mix.own[1] = packed(p, 1, 1, p.yy(matrices), ldy, 1, f.own_y);
-  mix.other[1] = packed(p, 1, 0, p.xy(matrices), 1, ldy, f.cross);
+  if (p.wants(0)) {
+    mix.own[0] = packed(p, 0, 0, p.xx(matrices), ldx, 1, f.own_x);
+    mix.other[0] = packed(p, 0, 1, p.xy(matrices), ldy, 1, f.cross);
+  }
+  if (p.wants(1)) {
+    mix.own[1] = packed(p, 1, 1, p.yy(matrices), ldy, 1, f.own_y);
+    mix.other[1] = packed(p, 1, 0, p.xy(matrices), 1, ldy, f.cross);
+  }
   return mix;
 }
 
@@ -179,49 +170,40 @@ GroupMix<A> pair_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
   const PairTerms<A> terms(p, group, matrices);
   auto f = terms.inter.gradient(p.flags().compare, static_cast<double>(p.view(0).features), inter);
   if (p.flags().centered && p.view(0).features <= 2) f = {0, 0, 0};
-  Buffer<A> gx(n * ld), gy(n * ld);
-  p.kernels_table().compare_backward(arguments(p, terms.k(), terms.l(), intra), gx.get(), gy.get());
+  const SideGrams<A> g(p, n * ld);
+  p.kernels_table().compare_backward(arguments(p, terms.gram(0), terms.gram(1), intra), g.get(0), g.get(1));
   GroupMix<A> mix;
-  Buffer<A> own(n * ld), other(n * ld);
   for (int s : {0, 1}) {
-    const A *g = s ? gy.get() : gx.get(), *gram = s ? terms.lr() : terms.kr(), *m = terms.m();
-    const double factor = s ? f.own_y : f.own_x;
+    if (!p.wants(s)) continue;
+    A* own = g.get(s);
     if (p.extended()) mix.bias[s] = std::make_unique<Buffer<A>>(n);
-    for (int64_t i = 0; i < n; ++i) {
-      double own_sum = 0, other_sum = 0, bias = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        const double o = factor * static_cast<double>(gram[i * ld + j]);
-        const double t = f.cross * static_cast<double>(s ? m[j * ld + i] : m[i * ld + j]);
-        own.get()[i * ld + j] = static_cast<A>(o + static_cast<double>(g[i * ld + j]));
-        other.get()[i * ld + j] = static_cast<A>(t);
-        own_sum += o, other_sum += t;
-        if (p.extended()) bias += static_cast<double>(g[i * ld + j]) * static_cast<double>(terms.row_means(s)[j]);
-      }
-      if (!p.extended()) continue;
-      own.get()[i * ld + n] = static_cast<A>(own_sum);
-      other.get()[i * ld + n] = static_cast<A>(other_sum);
-      mix.bias[s]->get()[i] = static_cast<A>(bias);
-    }
-    mix.own[s] = packed(p, s, s, own.get(), ld);
-    mix.other[s] = packed(p, s, 1 - s, other.get(), ld);
+    p.kernels_table().add_inter(own, terms.inter_gram(s), s ? f.own_y : f.own_x, terms.row_means(s), n, ld,
+                                mix.get(s).bias);
+    mix.own[s] = packed(p, s, s, own, ld);
+    mix.other[s] = packed(p, s, 1 - s, terms.cross(), s ? 1 : ld, s ? ld : 1, f.cross);
   }
   return mix;
 }
 
-// G X, and where rows were scaled to unit length first, its projection: u_i (Z_i - (x_i . Z_i) x_i) with Z = G Xc.
+// G X, and where rows were scaled to unit length first, its projection: u_i (Z_i - (x_i . Z_i) x_i) with Z =
+// G Xc.
 template <class A>
 GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const TermGradient& gradient) {
   const int64_t n = p.view(0).rows, ld = p.padded(0);
-  Buffer<A> gx(n * ld), gy(n * ld), grams(p.flags().cosine ? p.matrix_elements() : 0);
+  const SideGrams<A> sides(p, n * ld);
+  Buffer<A> grams(p.flags().cosine ? p.matrix_elements() : 0);
   if (p.flags().cosine) std::memcpy(grams.get(), matrices, p.matrix_elements() * sizeof(A));
-  p.kernels_table().compare_backward(arguments(p, p.xx(matrices), p.yy(matrices), gradient), gx.get(), gy.get());
+  p.kernels_table().compare_backward(arguments(p, p.xx(matrices), p.yy(matrices), gradient), sides.get(0),
+                                     sides.get(1));
   GroupMix<A> mix;
   for (int s : {0, 1}) {
-    A* g = s ? gy.get() : gx.get();
+    if (!p.wants(s)) continue;
+    A* g = sides.get(s);
     if (p.flags().cosine) {
       const A *gram = s ? p.yy(grams.get()) : p.xx(grams.get()), *u = p.row_scale(s, group);
       for (int64_t i = 0; i < n; ++i) {
-        // x_i . Z_i = sum_j G_ij x_i . xc_j; the uncentred x_i is xc_i plus the mean, which is the tile's last row.
+        // x_i . Z_i = sum_j G_ij x_i . xc_j; the uncentred x_i is xc_i plus the mean, which is the tile's
+        // last row.
         double q = 0;
         for (int64_t j = 0; j < n; ++j) {
           const double mean_part = p.extended() ? static_cast<double>(gram[j * ld + n]) : 0.0;
@@ -237,38 +219,43 @@ GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
   return mix;
 }
 
-// Between saved [G, ...], where the matrices lie without padding, and a group's padded matrices.
+// Between saved [G, ...] and a group's padded matrices: XX and YY as rows of their upper triangles, XY whole.
 template <class A>
-int64_t for_saved_rows(const GramProblem<A>& p, A* matrices, A* saved, bool load) {
-  int64_t at = 0;
-  const auto copy = [&](A* m, int64_t rows, int64_t columns, int64_t ld) {
-    for (int64_t i = 0; i < rows; ++i, at += columns) {
-      A *row = m + i * ld, *kept = saved + at;
-      std::memcpy(load ? row : kept, load ? kept : row, columns * sizeof(A));
+void for_saved_rows(const GramProblem<A>& p, A* matrices, A* saved, bool load) {
+  const auto copy = [&](A* m, int64_t rows, int64_t columns, int64_t ld, bool triangle) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t first = triangle ? i : 0, count = columns - first;
+      A* row = m + i * ld + first;
+      std::memcpy(load ? row : saved, load ? saved : row, count * sizeof(A));
+      saved += count;
     }
+    if (load && triangle) p.kernels_table().mirror(m, rows, ld);
   };
-  copy(p.xx(matrices), p.rows(0), p.rows(0), p.padded(0));
-  copy(p.yy(matrices), p.rows(1), p.rows(1), p.padded(1));
-  if (p.cross()) copy(p.xy(matrices), p.rows(0), p.rows(1), p.padded(1));
-  return at;
+  copy(p.xx(matrices), p.rows(0), p.rows(0), p.padded(0), true);
+  copy(p.yy(matrices), p.rows(1), p.rows(1), p.padded(1), true);
+  if (p.cross()) copy(p.xy(matrices), p.rows(0), p.rows(1), p.padded(1), false);
 }
 
 GramFlags flags_of(const Tensor& x, const Tensor& y, int64_t compare, bool centered, bool cosine, bool inter,
                    bool feature_side) {
-  KD_CHECK(x.dim() == 6 && y.dim() == 6, "gram: x and y must be views [G, R1, R2, F1, F2, F3], got ", x.dim(), " and ",
-           y.dim(), " axes");
+  KD_CHECK(x.dim() == 6 && y.dim() == 6, "gram: x and y must be views [G, R1, R2, F1, F2, F3], got ", x.dim(),
+           " and ", y.dim(), " axes");
   for (int a = 0; a < 3; ++a) {
-    KD_CHECK(x.size(a) == y.size(a), "gram: x and y must share groups and rows, axis ", a, " has ", x.size(a), " and ",
-             y.size(a));
+    KD_CHECK(x.size(a) == y.size(a), "gram: x and y must share groups and rows, axis ", a, " has ", x.size(a),
+             " and ", y.size(a));
   }
   for (int a = 3; a < 6 && inter; ++a) {
-    KD_CHECK(x.size(a) == y.size(a), "gram: inter needs equal features, axis ", a, " has ", x.size(a), " and ", y.size(a));
+    KD_CHECK(x.size(a) == y.size(a), "gram: inter needs equal features, axis ", a, " has ", x.size(a),
+             " and ", y.size(a));
   }
-  KD_CHECK(0 <= compare && compare <= static_cast<int64_t>(Compare::difference), "gram: unknown comparison ", compare);
+  KD_CHECK(0 <= compare && compare <= static_cast<int64_t>(Compare::difference), "gram: unknown comparison ",
+           compare);
   const auto c = static_cast<Compare>(compare);
   KD_CHECK(!inter || (c == Compare::cka && !cosine && !feature_side), "gram: inter goes with plain cka only");
-  KD_CHECK(!feature_side || c == Compare::cka || c == Compare::difference, "gram: no feature side for comparison ", compare);
-  KD_CHECK(!(feature_side && cosine && centered), "gram: the feature side of centred unit rows is not implemented");
+  KD_CHECK(!feature_side || c == Compare::cka || c == Compare::difference,
+           "gram: no feature side for comparison ", compare);
+  KD_CHECK(!(feature_side && cosine && centered),
+           "gram: the feature side of centred unit rows is not implemented");
   return {c, centered, cosine, inter, feature_side};
 }
 
@@ -277,7 +264,8 @@ Tensor empty(const Tensor& like, std::vector<int64_t> size, bool wide) {
 }
 
 template <class A>
-void forward(const Tensor& x, const Tensor& y, const GramFlags& flags, Tensor& products, Tensor& distance, Tensor& saved) {
+void forward(const Tensor& x, const Tensor& y, const GramFlags& flags, Tensor& products, Tensor& distance,
+             Tensor& saved) {
   const GramProblem<A> p(x, y, flags);
   const int64_t groups = p.groups(), terms = flags.inter ? 2 : 1;
   A *to_products = static_cast<A*>(products.data_ptr()), *to_distance = static_cast<A*>(distance.data_ptr());
@@ -288,7 +276,8 @@ void forward(const Tensor& x, const Tensor& y, const GramFlags& flags, Tensor& p
     forward_group(p, g, matrices, group_products, group_distance);
     for (int64_t t = 0; t < terms; ++t) {
       to_distance[t * groups + g] = static_cast<A>(group_distance[t]);
-      for (int64_t i = 0; i < 3; ++i) to_products[(t * 3 + i) * groups + g] = static_cast<A>(group_products[3 * t + i]);
+      for (int64_t i = 0; i < 3; ++i)
+        to_products[(t * 3 + i) * groups + g] = static_cast<A>(group_products[3 * t + i]);
     }
   });
 }
@@ -305,7 +294,8 @@ void backward(const Tensor& grad_products, const Tensor& grad_distance, const Te
     const auto product = [&](int64_t i) {
       return gp[term * grad_products.stride(0) + i * grad_products.stride(1) + g * grad_products.stride(2)];
     };
-    return {product(0), product(1), product(2), gd[term * grad_distance.stride(0) + g * grad_distance.stride(1)]};
+    return {product(0), product(1), product(2),
+            gd[term * grad_distance.stride(0) + g * grad_distance.stride(1)]};
   };
   const auto mix_of = [&](int64_t g, A* matrices) {
     if (flags.feature_side) return feature_mix(p, matrices, gradient_of(0, g));
@@ -359,11 +349,13 @@ bool is_wide(const Tensor& x, const Tensor& y) {
 std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, const Tensor& y, int64_t compare, bool centered,
                                             bool cosine, bool inter, bool feature_side, bool save) {
   const GramFlags flags = flags_of(x, y, compare, centered, cosine, inter, feature_side);
-  KD_CHECK(!(save && cosine), "gram: save must be False with cosine, whose backward also needs the row norms");
+  KD_CHECK(!(save && cosine),
+           "gram: save must be False with cosine, whose backward also needs the row norms");
   const bool wide = is_wide(x, y);
   const int64_t groups = x.size(0), terms = inter ? 2 : 1, n = x.size(1) * x.size(2) + inter;
   const int64_t dx = x.size(3) * x.size(4) * x.size(5), dy = y.size(3) * y.size(4) * y.size(5);
-  const int64_t per_group = feature_side ? dx * dx + dy * dy + dx * dy : (inter ? 3 : 2) * n * n;
+  const int64_t per_group =
+      feature_side ? dx * (dx + 1) / 2 + dy * (dy + 1) / 2 + dx * dy : n * (n + 1) + inter * n * n;
   Tensor products = empty(x, {terms, 3, groups}, wide), distance = empty(x, {terms, groups}, wide);
   Tensor saved = save ? empty(x, {groups, per_group}, wide) : empty(x, {0}, wide);
   if (wide) {
@@ -374,9 +366,10 @@ std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, const Tensor& y, in
   return {products, distance, saved};
 }
 
-std::tuple<Tensor, Tensor> gram_backward_cpu(const Tensor& grad_products, const Tensor& grad_distance, const Tensor& x,
-                                             const Tensor& y, const Tensor& saved, int64_t compare, bool centered,
-                                             bool cosine, bool inter, bool feature_side, bool need_x, bool need_y) {
+std::tuple<Tensor, Tensor> gram_backward_cpu(const Tensor& grad_products, const Tensor& grad_distance,
+                                             const Tensor& x, const Tensor& y, const Tensor& saved,
+                                             int64_t compare, bool centered, bool cosine, bool inter,
+                                             bool feature_side, bool need_x, bool need_y) {
   const GramFlags flags = flags_of(x, y, compare, centered, cosine, inter, feature_side);
   Tensor grad_x = need_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor grad_y = need_y ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});

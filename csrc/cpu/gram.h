@@ -1,7 +1,7 @@
 #pragma once
 
-// What gram.cpp (plan, threads) and gram.simd.cpp (arithmetic, once per instruction set) share. Plain data only: an
-// inline function here would be compiled with AVX flags and could be linked into the baseline code.
+// What gram.cpp (plan, threads) and gram.simd.cpp (arithmetic, once per instruction set) share. Plain data
+// only: an inline function here would be compiled with AVX flags and could be linked into the baseline code.
 
 #include <cstdint>
 
@@ -39,35 +39,51 @@ struct CompareArgs {
   Compare compare;
   bool centered;
   int64_t n, ld;
-  A* k;              // [n, ld], transformed in place
-  A* l;              // [n, ld]
-  double gradient;   // of the distance
+  A* k;                  // [n, ld], transformed in place
+  A* l;                  // [n, ld]
+  double gradient;       // of the distance
   double gxy, gxx, gyy;  // of the products
 };
 
 template <class A>
 struct GramKernels {
-  // Tiles have leading dimension `ld` and `width` columns that are worked on, both multiples of `lanes`. Columns from
-  // `count` to `width` and rows beyond the view are written as zeros.
-  void (*pack)(const GramView&, int64_t group, int64_t first, int64_t count, const TileTransform<A>&, A* tile, int64_t ld,
-               int64_t width, int64_t padded_rows);
+  // Tiles have leading dimension `ld` and `width` columns that are worked on, both multiples of `lanes`.
+  // Columns from `count` to `width` and rows beyond the view are written as zeros.
+  void (*pack)(const GramView&, int64_t group, int64_t first, int64_t count, const TileTransform<A>&, A* tile,
+               int64_t ld, int64_t width, int64_t padded_rows);
   void (*unpack)(const GramView&, int64_t group, int64_t first, int64_t count, const A* tile, int64_t ld);
-  // Adds over the tile's columns: row sums of (x - ref) and of squares, per row.
-  void (*row_sums)(const A* tile, int64_t ld, int64_t count, int64_t rows, const A* ref, double* sum, double* sum_sq);
-  // out[j, i] += <a_j, b_i>; symmetric: a == b, only i >= j is valid. part of parts: an equal share of the rows of out.
-  void (*products)(const A* a, int64_t a_rows, int64_t ld_a, const A* b, int64_t b_rows, int64_t ld_b, int64_t width,
-                   bool symmetric, int64_t part, int64_t parts, A* out, int64_t ld_out);
+  // Adds over the tile's columns, per row: sums of x - ref, sums of squares; each where it is not null.
+  void (*row_sums)(const A* tile, int64_t ld, int64_t count, int64_t rows, const A* ref, double* sums,
+                   double* sums_sq);
+  // out[j, i] += <a_j, b_i>; symmetric: a == b, only i >= j is valid. part of parts: an equal share of the
+  // rows of out.
+  void (*products)(const A* a, int64_t a_rows, int64_t ld_a, const A* b, int64_t b_rows, int64_t ld_b,
+                   int64_t width, bool symmetric, int64_t part, int64_t parts, A* out, int64_t ld_out);
   // Repacks scale * m [rows, columns] for mix.
-  void (*pack_mix)(const A* m, int64_t row_stride, int64_t column_stride, double scale, int64_t rows, int64_t columns,
-                   A* packed);
+  void (*pack_mix)(const A* m, int64_t row_stride, int64_t column_stride, double scale, int64_t rows,
+                   int64_t columns, A* packed);
   // out [rows, width] (+)= packed m [rows, columns] times tile [columns, width].
-  void (*mix)(const A* packed, int64_t rows, int64_t columns, const A* tile, int64_t ld, int64_t width, bool add, A* out);
+  void (*mix)(const A* packed, int64_t rows, int64_t columns, const A* tile, int64_t ld, int64_t width,
+              bool add, A* out);
   // out = (out - tile * column dot(out, tile)) * column_scale: the adjoint of scaling columns to unit length.
-  void (*project_columns)(A* out, const A* tile, int64_t ld, int64_t width, int64_t rows, const A* column_scale);
+  void (*project_columns)(A* out, const A* tile, int64_t ld, int64_t width, int64_t rows,
+                          const A* column_scale);
   // Comparison of two Grams: products[3] and the distance.
   double (*compare)(const CompareArgs<A>&, double* products);
-  // Symmetric matrices gx, gy [n, ld] such that dX = gx X, dY = gy Y (centred X, Y); k and l as compare takes them.
+  // Symmetric matrices gx, gy [n, ld] such that dX = gx X, dY = gy Y (centred X, Y); k and l as compare takes
+  // them.
   void (*compare_backward)(const CompareArgs<A>&, A* gx, A* gy);
+  // Completes XX from its upper triangle.
+  void (*mirror)(A* m, int64_t n, int64_t ld);
+  double (*norm_sq)(const A* m, int64_t rows, int64_t columns, int64_t ld);
+  // intra = gram + features * r r^T, inter = gram + what the tile's last row, the column means, contributes
+  // (n + 1 rows).
+  void (*rank_one_updates)(const A* gram, int64_t n, int64_t ld, const A* r, int64_t features, A* intra,
+                           A* inter);
+  // The same for XY [n + 1, n + 1], in place; row n and column n receive its column and row sums.
+  void (*update_cross)(A* m, int64_t n, int64_t ld);
+  // bias_i = sum_j g_ij r_j; then g += factor * inter, with the row sums of factor * inter in column n.
+  void (*add_inter)(A* g, const A* inter, double factor, const A* r, int64_t n, int64_t ld, A* bias);
   int64_t lanes, product_rows, mix_rows;  // paddings: columns of a tile, its rows, rows of a packed mix
 };
 

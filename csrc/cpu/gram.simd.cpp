@@ -1,11 +1,13 @@
 // Arithmetic of the gram op on the CPU, compiled once per instruction set.
 //
-// Forward, per N x N Gram: N (N + 1) / 2 * D multiply-adds and one read of the input; backward N^2 D and one read, one
-// write. At N >= 32 arithmetic decides, so both products are register-blocked over tiles that stay in the L2 cache.
+// Forward, per N x N Gram: N (N + 1) / 2 * D multiply-adds and one read of the input; backward N^2 D and one
+// read, one write. At N >= 32 arithmetic decides, so both products are register-blocked over tiles that stay
+// in the L2 cache.
 
 #include "cpu/gram.h"
-#include "cpu/simd.h"
+
 #include "cpu/gram_compare.h"
+#include "cpu/simd.h"
 
 namespace kd::KD_ISA {
 namespace {
@@ -40,7 +42,8 @@ void gather(const GramView& v, int64_t group, int64_t first, int64_t count, A* t
     for_runs(v, first, count, [&](int64_t d, int64_t offset, int64_t run) {
       for (int64_t c = 0; c < run; ++c) {
         const T* column = base + offset + c * v.inner_stride;
-        for (int64_t r = 0; r < v.rows; ++r) tile[r * ld + d + c] = static_cast<A>(load(column + v.row_offset[r]));
+        for (int64_t r = 0; r < v.rows; ++r)
+          tile[r * ld + d + c] = static_cast<A>(load(column + v.row_offset[r]));
       }
     });
     return;
@@ -81,7 +84,8 @@ void center_columns(A* tile, int64_t ld, int64_t width, int64_t rows, A* means) 
   using V = Vec<A>;
   const A inverse = A(1) / static_cast<A>(rows);
   for (int64_t c = 0; c < width; c += 2 * kLanes<A>) {
-    const int64_t second = c + kLanes<A> < width ? c + kLanes<A> : c;  // the last odd vector is worked on twice
+    const int64_t second =
+        c + kLanes<A> < width ? c + kLanes<A> : c;  // the last odd vector is worked on twice
     const V ref0 = load_vec(tile + c), ref1 = load_vec(tile + second);
     V sum0 = {}, sum1 = {};
     for (int64_t r = 1; r < rows; ++r) {
@@ -120,13 +124,21 @@ void unit_columns(A* tile, int64_t ld, int64_t width, int64_t rows, A* scale) {
 }
 
 template <class A>
-void pack(const GramView& v, int64_t group, int64_t first, int64_t count, const TileTransform<A>& t, A* tile, int64_t ld,
-          int64_t width, int64_t padded_rows) {
+void pack(const GramView& v, int64_t group, int64_t first, int64_t count, const TileTransform<A>& t, A* tile,
+          int64_t ld, int64_t width, int64_t padded_rows) {
   switch (v.dtype) {
-    case Dtype::f32: gather<float, A>(v, group, first, count, tile, ld); break;
-    case Dtype::f64: gather<double, A>(v, group, first, count, tile, ld); break;
-    case Dtype::f16: gather<Half, A>(v, group, first, count, tile, ld); break;
-    case Dtype::bf16: gather<BFloat16, A>(v, group, first, count, tile, ld); break;
+    case Dtype::f32:
+      gather<float, A>(v, group, first, count, tile, ld);
+      break;
+    case Dtype::f64:
+      gather<double, A>(v, group, first, count, tile, ld);
+      break;
+    case Dtype::f16:
+      gather<Half, A>(v, group, first, count, tile, ld);
+      break;
+    case Dtype::bf16:
+      gather<BFloat16, A>(v, group, first, count, tile, ld);
+      break;
   }
   for (int64_t r = 0; r < v.rows; ++r) {
     A* row = tile + r * ld;
@@ -148,30 +160,37 @@ void pack(const GramView& v, int64_t group, int64_t first, int64_t count, const 
 template <class A>
 void unpack(const GramView& v, int64_t group, int64_t first, int64_t count, const A* tile, int64_t ld) {
   switch (v.dtype) {
-    case Dtype::f32: scatter<float, A>(v, group, first, count, tile, ld); break;
-    case Dtype::f64: scatter<double, A>(v, group, first, count, tile, ld); break;
-    case Dtype::f16: scatter<Half, A>(v, group, first, count, tile, ld); break;
-    case Dtype::bf16: scatter<BFloat16, A>(v, group, first, count, tile, ld); break;
+    case Dtype::f32:
+      scatter<float, A>(v, group, first, count, tile, ld);
+      break;
+    case Dtype::f64:
+      scatter<double, A>(v, group, first, count, tile, ld);
+      break;
+    case Dtype::f16:
+      scatter<Half, A>(v, group, first, count, tile, ld);
+      break;
+    case Dtype::bf16:
+      scatter<BFloat16, A>(v, group, first, count, tile, ld);
+      break;
   }
 }
 
 template <class A>
-void row_sums(const A* tile, int64_t ld, int64_t count, int64_t rows, const A* ref, double* sum, double* sum_sq) {
+void row_sums(const A* tile, int64_t ld, int64_t count, int64_t rows, const A* ref, double* sums,
+              double* sums_sq) {
   for (int64_t r = 0; r < rows; ++r) {
     const A* row = tile + r * ld;
-    double s[4] = {}, q[4] = {};
-    for (int64_t c = 0; c < count; ++c) {
-      s[c & 3] += static_cast<double>(row[c] - ref[r]);
-      q[c & 3] += static_cast<double>(row[c]) * row[c];
-    }
-    sum[r] += s[0] + s[1] + s[2] + s[3];
-    sum_sq[r] += q[0] + q[1] + q[2] + q[3];
+    if (sums) sums[r] += row_sum<A>(count, [&](int64_t i, auto like) { return at(row, i, like) - ref[r]; });
+    if (!sums_sq) continue;
+    for (int64_t c = 0; c < count; ++c)
+      sums_sq[r] += static_cast<double>(row[c]) * static_cast<double>(row[c]);
   }
 }
 
 // out[j, i..i+3] += <a_j, b_i> for kJ rows of a and kI rows of b.
 template <class A>
-inline void product_tile(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t width, A* out, int64_t ld_out) {
+inline void product_tile(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t width, A* out,
+                         int64_t ld_out) {
   using V = Vec<A>;
   V acc[kJ][kI] = {};
   for (int64_t c = 0; c < width; c += kLanes<A>) {
@@ -190,13 +209,14 @@ inline void product_tile(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int
 }
 
 template <class A>
-void products(const A* a, int64_t a_rows, int64_t ld_a, const A* b, int64_t b_rows, int64_t ld_b, int64_t width,
-              bool symmetric, int64_t part, int64_t parts, A* out, int64_t ld_out) {
+void products(const A* a, int64_t a_rows, int64_t ld_a, const A* b, int64_t b_rows, int64_t ld_b,
+              int64_t width, bool symmetric, int64_t part, int64_t parts, A* out, int64_t ld_out) {
   const int64_t block = kL1Bytes / (width * static_cast<int64_t>(sizeof(A))) / kI * kI;
   const int64_t rows_in_l1 = block < kI ? kI : block;
   for (int64_t i0 = 0; i0 < b_rows; i0 += rows_in_l1) {
     const int64_t i1 = i0 + rows_in_l1 < b_rows ? i0 + rows_in_l1 : b_rows;
-    for (int64_t j = part * kJ; j < a_rows; j += parts * kJ) {  // interleaved shares of the triangle are equal
+    for (int64_t j = part * kJ; j < a_rows;
+         j += parts * kJ) {  // interleaved shares of the triangle are equal
       int64_t i = i0;
       if (symmetric) {
         if (j >= i1) break;
@@ -211,19 +231,26 @@ void products(const A* a, int64_t a_rows, int64_t ld_a, const A* b, int64_t b_ro
 }
 
 template <class A>
-void pack_mix(const A* m, int64_t row_stride, int64_t column_stride, double scale, int64_t rows, int64_t columns,
-              A* packed) {
+void pack_mix(const A* m, int64_t row_stride, int64_t column_stride, double scale, int64_t rows,
+              int64_t columns, A* packed) {
+  const A by = static_cast<A>(scale);
   for (int64_t i0 = 0; i0 < rows; i0 += kMixRows) {
-    for (int64_t j = 0; j < columns; ++j) {
-      for (int64_t i = i0; i < i0 + kMixRows; ++i) {
-        *packed++ = i < rows ? static_cast<A>(scale * static_cast<double>(m[i * row_stride + j * column_stride])) : A(0);
+    const A* from = m + i0 * row_stride;
+    const int64_t count = rows - i0 < kMixRows ? rows - i0 : kMixRows;
+    for (int64_t j = 0; j < columns; ++j, from += column_stride, packed += kMixRows) {
+      if (count == kMixRows) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kMixRows; ++i) packed[i] = by * from[i * row_stride];
+      } else {
+        for (int i = 0; i < kMixRows; ++i) packed[i] = i < count ? by * from[i * row_stride] : A(0);
       }
     }
   }
 }
 
 template <class A, int kVectors>
-inline void mix_tile(const A* packed, int64_t rows, int64_t columns, const A* tile, int64_t ld, bool add, A* out) {
+inline void mix_tile(const A* packed, int64_t rows, int64_t columns, const A* tile, int64_t ld, bool add,
+                     A* out) {
   using V = Vec<A>;
   V acc[kMixRows][kVectors] = {};
   for (int64_t j = 0; j < columns; ++j) {
@@ -249,7 +276,8 @@ inline void mix_tile(const A* packed, int64_t rows, int64_t columns, const A* ti
 }
 
 template <class A>
-void mix(const A* packed, int64_t rows, int64_t columns, const A* tile, int64_t ld, int64_t width, bool add, A* out) {
+void mix(const A* packed, int64_t rows, int64_t columns, const A* tile, int64_t ld, int64_t width, bool add,
+         A* out) {
   constexpr int64_t step = kMixVectors * kLanes<A>;
   // Long sums are cut: for their rounding, and so that the part of the tile below a step stays in L1.
   for (int64_t j = 0; j < columns || j == 0; j += kMixColumns, add = true) {
@@ -284,10 +312,23 @@ void project_columns(A* out, const A* tile, int64_t ld, int64_t width, int64_t r
 
 template <class A>
 constexpr GramKernels<A> table() {
-  return {pack<A>,     unpack<A>, row_sums<A>,        products<A>,
-          pack_mix<A>, mix<A>,    project_columns<A>, compare<A>,
-          compare_backward<A>,    kLanes<A>,          kI * kJ,
-          kMixRows};
+  return {.pack = pack<A>,
+          .unpack = unpack<A>,
+          .row_sums = row_sums<A>,
+          .products = products<A>,
+          .pack_mix = pack_mix<A>,
+          .mix = mix<A>,
+          .project_columns = project_columns<A>,
+          .compare = compare<A>,
+          .compare_backward = compare_backward<A>,
+          .mirror = mirror<A>,
+          .norm_sq = norm_sq<A>,
+          .rank_one_updates = rank_one_updates<A>,
+          .update_cross = update_cross<A>,
+          .add_inter = add_inter<A>,
+          .lanes = kLanes<A>,
+          .product_rows = kI * kJ,
+          .mix_rows = kMixRows};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 #pragma once
 
-// Comparisons of two Grams and their gradients (kdfast/reference/gram.py names them). Row sums run in vectors of the
-// accumulation type, sums over rows in double. Included by gram.simd.cpp only.
+// Comparisons of two Grams and their gradients (kdfast/reference/gram.py names them). Row sums run in vectors
+// of the accumulation type, sums over rows in double. Included by gram.simd.cpp only.
 
 #include "cpu/gram.h"
 #include "cpu/simd.h"
@@ -69,7 +69,8 @@ void u_center(A* k, int64_t n, int64_t ld, double* row_means) {
   total /= static_cast<double>(n - 1);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < n; ++j) {
-      k[i * ld + j] = static_cast<A>(static_cast<double>(k[i * ld + j]) - row_means[i] - row_means[j] + total);
+      k[i * ld + j] =
+          static_cast<A>(static_cast<double>(k[i * ld + j]) - row_means[i] - row_means[j] + total);
     }
     k[i * ld + i] = 0;
   }
@@ -103,7 +104,68 @@ void scale_rows(A* k, int64_t n, int64_t ld, double* inverse_roots) {
   }
 }
 
-// Row means or inverse roots of two matrices; the compare functions run once per group, so an allocation is cheap there.
+template <class A>
+void mirror(A* m, int64_t n, int64_t ld) {
+  constexpr int64_t kBlock = 16;  // of a row per cache line, so that strided stores find their lines in L1
+  for (int64_t i0 = 0; i0 < n; i0 += kBlock) {
+    for (int64_t j0 = 0; j0 <= i0; j0 += kBlock) {
+      for (int64_t i = i0; i < i0 + kBlock && i < n; ++i) {
+        for (int64_t j = j0; j < j0 + kBlock && j < i; ++j) m[i * ld + j] = m[j * ld + i];
+      }
+    }
+  }
+}
+
+template <class A>
+double norm_sq(const A* m, int64_t rows, int64_t columns, int64_t ld) {
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) total += dot(m + i * ld, m + i * ld, columns);
+  return total;
+}
+
+template <class A>
+void rank_one_updates(const A* gram, int64_t n, int64_t ld, const A* r, int64_t features, A* intra,
+                      A* inter) {
+  const A *last = gram + n * ld, corner = last[n];
+  for (int64_t i = 0; i < n; ++i) {
+    const A *row = gram + i * ld, scale = static_cast<A>(features) * r[i], side = row[n] + corner;
+    for (int64_t j = 0; j < n; ++j) {
+      intra[i * ld + j] = row[j] + scale * r[j];
+      inter[i * ld + j] = row[j] + (side + last[j]);
+    }
+  }
+}
+
+template <class A>
+void update_cross(A* m, int64_t n, int64_t ld) {
+  A *last = m + n * ld, corner = last[n];
+  for (int64_t i = 0; i < n; ++i) {
+    A *row = m + i * ld, side = row[n] + corner;
+    for (int64_t j = 0; j < n; ++j) row[j] += side + last[j];
+    row[n] = static_cast<A>(sum(row, n));
+  }
+  for (int64_t j = 0; j < n; ++j) last[j] = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) last[j] += m[i * ld + j];
+  }
+}
+
+template <class A>
+void add_inter(A* g, const A* inter, double factor, const A* r, int64_t n, int64_t ld, A* bias) {
+  const A f = static_cast<A>(factor);
+  for (int64_t i = 0; i < n; ++i) {
+    A* row = g + i * ld;
+    const A* from = inter + i * ld;
+    if (r) {
+      bias[i] = static_cast<A>(dot(row, r, n));
+      row[n] = static_cast<A>(factor * sum(from, n));
+    }
+    for (int64_t j = 0; j < n; ++j) row[j] += f * from[j];
+  }
+}
+
+// Row means or inverse roots of two matrices; the compare functions run once per group, so an allocation is
+// cheap there.
 struct Scratch {
   double* data;
   explicit Scratch(int64_t n) : data(static_cast<double*>(__builtin_malloc((2 * n + 1) * sizeof(double)))) {}
@@ -167,7 +229,8 @@ double compare(const CompareArgs<A>& c, double* products) {
     case Compare::mean: {
       double sk = 0, sl = 0;
       for (int64_t i = 0; i < c.n; ++i) sk += sum(c.k + i * c.ld, c.n), sl += sum(c.l + i * c.ld, c.n);
-      const double m = p.xx > 0 ? sk / (n * __builtin_sqrt(p.xx)) : 0, t = p.yy > 0 ? sl / (n * __builtin_sqrt(p.yy)) : 0;
+      const double m = p.xx > 0 ? sk / (n * __builtin_sqrt(p.xx)) : 0,
+                   t = p.yy > 0 ? sl / (n * __builtin_sqrt(p.yy)) : 0;
       return (m - t) * (m - t) / 2;
     }
     case Compare::difference:
@@ -221,72 +284,79 @@ void row_cosine_backward(const CompareArgs<A>& c, const A* k, const A* l, A* g) 
   }
 }
 
+// One side of compare_backward: g for k, whose counterpart is l. own, cross: g = own K + cross L for cka and
+// its kin.
 template <class A>
-void fill_zero(const CompareArgs<A>& c, A* g) {
-  for (int64_t i = 0; i < c.n; ++i) {
-    for (int64_t j = 0; j < c.n; ++j) g[i * c.ld + j] = 0;
+void compare_backward_side(const CompareArgs<A>& c, const A* k, const A* l, double own, double cross,
+                           const double* inverse_roots, A* g) {
+  const int64_t n = c.n, ld = c.ld;
+  switch (c.compare) {
+    case Compare::cka:
+    case Compare::unbiased:
+    case Compare::difference:
+      return combine(c, k, own, l, cross, g);
+    case Compare::cka_row:
+      // combine gives dA + dA^T of a symmetric A; A is not, so halve and go through the row scaling.
+      combine(c, k, own / 2, l, cross / 2, g);
+      scale_rows_backward(g, k, inverse_roots, n, ld);
+      break;
+    case Compare::row_cosine:
+      row_cosine_backward(c, k, l, g);
+      break;
+    case Compare::mean:  // own: factor of K, cross: of the matrix of ones
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = i * ld; j < i * ld + n; ++j)
+          g[j] = static_cast<A>(cross + own * static_cast<double>(k[j]));
+      }
+      return;
   }
+  add_transpose(g, n, ld);
+  if (!c.centered) return;
+  const Scratch means(n);
+  double_center(g, n, ld, means.data);
 }
 
 template <class A>
 void compare_backward(const CompareArgs<A>& c, A* gx, A* gy) {
+  A* const sides[2] = {gx, gy};
   if (c.centered && c.n <= 2) {
-    fill_zero(c, gx), fill_zero(c, gy);
+    for (A* g : sides) {
+      for (int64_t i = 0; g && i < c.n; ++i) {
+        for (int64_t j = 0; j < c.n; ++j) g[i * c.ld + j] = 0;
+      }
+    }
     return;
   }
   const Scratch scratch(c.n);
   const Products p = transform(c, scratch.data);
   const double n = static_cast<double>(c.n);
-  double own_x = 4 * c.gxx, own_y = 4 * c.gyy, cross = 2 * c.gxy;  // gx = own_x K + cross L, gy = own_y L + cross K
-  switch (c.compare) {
-    case Compare::cka:
-    case Compare::cka_row:
-    case Compare::unbiased:
-      if (p.xx != 0 && p.yy != 0) {
-        const double similarity = 1 - unit_distance(c, p);
-        own_x += 2 * c.gradient * similarity / p.xx;
-        own_y += 2 * c.gradient * similarity / p.yy;
-        cross -= 2 * c.gradient / (__builtin_sqrt(p.xx) * __builtin_sqrt(p.yy));
-      }
-      combine(c, c.k, own_x, c.l, cross, gx);
-      combine(c, c.l, own_y, c.k, cross, gy);
-      if (c.compare == Compare::cka_row) {
-        // combine gives dA + dA^T of a symmetric A; A is not, so halve and go through the row scaling.
-        for (int64_t i = 0; i < c.n * c.ld; ++i) gx[i] /= 2, gy[i] /= 2;
-        scale_rows_backward(gx, c.k, scratch.data, c.n, c.ld);
-        scale_rows_backward(gy, c.l, scratch.data + c.n, c.n, c.ld);
-        add_transpose(gx, c.n, c.ld);
-        add_transpose(gy, c.n, c.ld);
-        if (c.centered) double_center(gx, c.n, c.ld, scratch.data), double_center(gy, c.n, c.ld, scratch.data);
-      }
-      return;
-    case Compare::row_cosine:
-      row_cosine_backward(c, c.k, c.l, gx);
-      row_cosine_backward(c, c.l, c.k, gy);
-      add_transpose(gx, c.n, c.ld);
-      add_transpose(gy, c.n, c.ld);
-      if (c.centered) double_center(gx, c.n, c.ld, scratch.data), double_center(gy, c.n, c.ld, scratch.data);
-      return;
-    case Compare::mean: {
-      double sk = 0, sl = 0;
-      for (int64_t i = 0; i < c.n; ++i) sk += sum(c.k + i * c.ld, c.n), sl += sum(c.l + i * c.ld, c.n);
-      const double ik = p.xx > 0 ? 1 / __builtin_sqrt(p.xx) : 0, il = p.yy > 0 ? 1 / __builtin_sqrt(p.yy) : 0;
-      const double m = sk * ik / n, t = sl * il / n, g = c.centered ? 0 : 2 * c.gradient * (m - t);
-      for (int64_t i = 0; i < c.n; ++i) {
-        for (int64_t j = i * c.ld; j < i * c.ld + c.n; ++j) {
-          gx[j] = static_cast<A>(g * (ik / n - m * ik * ik * static_cast<double>(c.k[j])));
-          gy[j] = static_cast<A>(-g * (il / n - t * il * il * static_cast<double>(c.l[j])));
-        }
-      }
-      return;
+  double own[2] = {4 * c.gxx, 4 * c.gyy}, cross[2] = {2 * c.gxy, 2 * c.gxy};
+  const double norms_sq[2] = {p.xx, p.yy};
+  if (c.compare == Compare::difference) {
+    const double scale = 4 * c.gradient / (n * n);
+    for (int s = 0; s < 2; ++s) own[s] = scale, cross[s] = -scale;
+  } else if (c.compare == Compare::mean) {
+    double inverse[2], mean[2];  // 1 / |K|; N times the mean of K / |K|
+    A* const grams[2] = {c.k, c.l};
+    for (int s = 0; s < 2; ++s) {
+      inverse[s] = norms_sq[s] > 0 ? 1 / __builtin_sqrt(norms_sq[s]) : 0;
+      double total = 0;
+      for (int64_t i = 0; i < c.n; ++i) total += sum(grams[s] + i * c.ld, c.n);
+      mean[s] = total * inverse[s] / n;
     }
-    case Compare::difference: {
-      const double scale = 4 * c.gradient / (n * n);
-      combine(c, c.k, scale, c.l, -scale, gx);
-      combine(c, c.l, scale, c.k, -scale, gy);
-      return;
+    for (int s = 0; s < 2; ++s) {
+      const double g = c.centered ? 0 : 2 * c.gradient * (mean[s] - mean[1 - s]);
+      own[s] = -g * mean[s] * inverse[s] * inverse[s], cross[s] = g * inverse[s] / n;
+    }
+  } else if (c.compare != Compare::row_cosine && p.xx != 0 && p.yy != 0) {
+    const double similarity = 1 - unit_distance(c, p);
+    for (int s = 0; s < 2; ++s) {
+      own[s] += 2 * c.gradient * similarity / norms_sq[s];
+      cross[s] -= 2 * c.gradient / (__builtin_sqrt(p.xx) * __builtin_sqrt(p.yy));
     }
   }
+  if (gx) compare_backward_side(c, c.k, c.l, own[0], cross[0], scratch.data, gx);
+  if (gy) compare_backward_side(c, c.l, c.k, own[1], cross[1], scratch.data + c.n, gy);
 }
 
 }  // namespace

@@ -9,12 +9,12 @@
 namespace kd {
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> gram_cpu(
-    const torch::stable::Tensor& x, const torch::stable::Tensor& y, int64_t compare, bool centered, bool cosine,
-    bool inter, bool feature_side, bool save);
+    const torch::stable::Tensor& x, const torch::stable::Tensor& y, int64_t compare, bool centered,
+    bool cosine, bool inter, bool feature_side, bool save);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> gram_backward_cpu(
     const torch::stable::Tensor& grad_products, const torch::stable::Tensor& grad_distance,
-    const torch::stable::Tensor& x, const torch::stable::Tensor& y, const torch::stable::Tensor& saved, int64_t compare,
-    bool centered, bool cosine, bool inter, bool feature_side, bool need_x, bool need_y);
+    const torch::stable::Tensor& x, const torch::stable::Tensor& y, const torch::stable::Tensor& saved,
+    int64_t compare, bool centered, bool cosine, bool inter, bool feature_side, bool need_x, bool need_y);
 
 }  // namespace kd

@@ -2,9 +2,9 @@
 
 // Plan and threads of the gram op on the CPU. The arithmetic is in gram.simd.cpp.
 //
-// A group's features are cut into chunks whose tile [rows, chunk] stays in the L2 cache. Many groups: one task per group.
-// Few groups: the chunks are shared out over a fixed number of splits (independent of the number of threads), whose
-// partial matrices are added in order.
+// A group's features are cut into chunks whose tile [rows, chunk] stays in the L2 cache. Many groups: one
+// task per group. Few groups: the chunks are shared out over a fixed number of splits (independent of the
+// number of threads), whose partial matrices are added in order.
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -39,11 +39,13 @@ const GramKernels<A>& gram_kernels() {
   }
 }
 
-constexpr int64_t kTileBytes = 200 * 1024;  // of one tile: two of them fit an L2 cache of 512 KB
-constexpr int64_t kManyGroups = 8;          // from here on one task per group
-constexpr int64_t kTasks = 8;               // wanted where there are fewer groups
-constexpr int64_t kSplits = 16;             // of the features of a group, at the most
-constexpr int64_t kPartialBytes = 2 << 20;  // of partial matrices, or 1/32 of the inputs
+constexpr int64_t kTileBytes = 200 * 1024;          // of one tile: two of them fit an L2 cache of 512 KB
+constexpr int64_t kMinChunk = 64, kMaxChunk = 512;  // columns of a tile
+constexpr int64_t kManyGroups = 8;                  // from here on one task per group
+constexpr int64_t kTasks = 8;                       // wanted where there are fewer groups
+constexpr int64_t kTaskElements = 1 << 15;          // to read, below which a second thread does not pay
+constexpr int64_t kSplits = 16;                     // of the features of a group, at the most
+constexpr int64_t kPartialBytes = 1 << 19;          // of partial matrices, or 1/32 of the inputs
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
@@ -53,7 +55,8 @@ template <class A>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(static_cast<A*>(std::aligned_alloc(64, round_up(count * static_cast<int64_t>(sizeof(A)) + 1, 64)))) {
+      : data_(static_cast<A*>(
+            std::aligned_alloc(64, round_up(count * static_cast<int64_t>(sizeof(A)) + 1, 64)))) {
     KD_CHECK(data_ != nullptr, "gram: out of memory for a workspace of ", count, " elements");
   }
   ~Buffer() { std::free(data_); }
@@ -71,7 +74,7 @@ class GramProblem {
  public:
   // gradients: the tensors that receive them, or null.
   GramProblem(const Tensor& x, const Tensor& y, const GramFlags& flags, const Tensor* grad_x = nullptr,
-          const Tensor* grad_y = nullptr)
+              const Tensor* grad_y = nullptr)
       : k_(gram_kernels<A>()),
         flags_(flags),
         cross_(flags.inter || flags.feature_side),
@@ -117,6 +120,7 @@ class GramProblem {
   const GramView& view(int side) const { return views_[side]->view; }
   bool extended() const { return extend_; }
   bool cross() const { return cross_; }
+  bool wants(int side) const { return gradient_views_[side] != nullptr; }
   int64_t rows(int side) const { return rows_[side]; }      // of a tile: the view's, and one of column means
   int64_t padded(int side) const { return padded_[side]; }  // leading dimension of the matrices
   int64_t matrix_elements() const { return elements_; }
@@ -141,18 +145,22 @@ class GramProblem {
       });
       return;
     }
-    const int64_t input = groups_ * (view(0).rows * view(0).features + view(1).rows * view(1).features) * sizeof(A);
-    const int64_t allowed = std::max<int64_t>(kPartialBytes, input / 32) / std::max<int64_t>(elements_ * groups_ * sizeof(A), 1);
+    const int64_t input =
+        groups_ * (view(0).rows * view(0).features + view(1).rows * view(1).features) * sizeof(A);
+    const int64_t allowed =
+        std::max<int64_t>(kPartialBytes, input / 32) / std::max<int64_t>(elements_ * groups_ * sizeof(A), 1);
     const int64_t chunks = std::max<int64_t>(1, std::max(chunks_of(0), chunks_of(1)));
     const int64_t splits = std::clamp<int64_t>(allowed, 1, std::min(kSplits, chunks));
-    const int64_t parts = ceil_div(kTasks, std::max<int64_t>(groups_ * splits, 1));
+    // Shares of the matrices change no result, so they follow the threads; each packs the tiles again.
+    const int64_t parts = ceil_div(num_threads(), std::max<int64_t>(groups_ * splits, 1));
     Buffer<A> partial(elements_ * groups_ * splits);
     std::memset(partial.get(), 0, elements_ * groups_ * splits * sizeof(A));
     parallel_for(0, groups_ * splits * parts, 1, [&](int64_t begin, int64_t end) {
       Buffer<A> tiles(tile_elements(0) + tile_elements(1));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t part = task % parts, split = task / parts % splits, g = task / parts / splits;
-        accumulate(g, split, splits, part, parts, tiles.get(), partial.get() + (g * splits + split) * elements_);
+        accumulate(g, split, splits, part, parts, tiles.get(),
+                   partial.get() + (g * splits + split) * elements_);
       }
     });
     for (int64_t g = 0; g < groups_; ++g) {
@@ -174,9 +182,13 @@ class GramProblem {
     A* other;  // packed [view rows, rows(1 - side)] or null
     A* bias;   // [view rows] or null
   };
-  int64_t mix_elements(int side, int from) const { return round_up(view(side).rows, k_.mix_rows) * rows_[from]; }
+  int64_t mix_elements(int side, int from) const {
+    return round_up(view(side).rows, k_.mix_rows) * rows_[from];
+  }
   int64_t chunks_of(int side) const { return ceil_div(view(side).features, chunk_[side]); }
-  int64_t gradient_scratch(int side) const { return tile_elements(0) + tile_elements(1) + padded_[side] * ld_[side]; }
+  int64_t gradient_scratch(int side) const {
+    return tile_elements(0) + tile_elements(1) + padded_[side] * ld_[side];
+  }
 
   void write_gradient(int side, int64_t g, int64_t chunk, const Mix& m, A* scratch) const {
     A *mine = scratch, *theirs = mine + tile_elements(side), *out = theirs + tile_elements(1 - side);
@@ -204,9 +216,9 @@ class GramProblem {
   A* column_scale(int side, A* tile) const { return tile + padded_[side] * ld_[side]; }
 
   int64_t chunk_size(int64_t padded_rows, int64_t features) const {
-    const int64_t fit = kTileBytes / (padded_rows * static_cast<int64_t>(sizeof(A)));
-    const int64_t chunk = round_up(std::clamp<int64_t>(fit, 64, 512) - k_.lanes + 1, k_.lanes);
-    return std::min(chunk, round_up(std::max<int64_t>(features, 1), k_.lanes));
+    const int64_t fit = kTileBytes / (padded_rows * static_cast<int64_t>(sizeof(A))) / k_.lanes * k_.lanes;
+    const int64_t share = groups_ < kManyGroups ? round_up(ceil_div(features, kTasks), k_.lanes) : kMaxChunk;
+    return std::clamp<int64_t>(std::min(fit, share), kMinChunk, kMaxChunk);
   }
   // An odd number of cache lines spreads the rows of a tile over the sets of the L1 cache.
   int64_t tile_ld(int64_t columns) const {
@@ -225,10 +237,12 @@ class GramProblem {
     k_.pack(view(side), g, first, count, t, tile, ld_[side], round_up(count, k_.lanes), padded_[side]);
   }
 
-  void accumulate(int64_t g, int64_t split, int64_t splits, int64_t part, int64_t parts, A* tiles, A* matrices) const {
+  void accumulate(int64_t g, int64_t split, int64_t splits, int64_t part, int64_t parts, A* tiles,
+                  A* matrices) const {
     A* tile[2] = {tiles, tiles + tile_elements(0)};
     const auto product = [&](int a, int b, int64_t width, A* out) {
-      k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, a == b, part, parts, out, padded_[b]);
+      k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, a == b, part, parts, out,
+                  padded_[b]);
     };
     for (int s : {0, 1}) {
       if (cross_ && s == 1) break;  // both sides go together
@@ -248,12 +262,8 @@ class GramProblem {
 
   // XX and YY hold only their upper triangles so far.
   void mirror(A* matrices) const {
-    for (int s : {0, 1}) {
-      A* m = s ? yy(matrices) : matrices;
-      for (int64_t j = 0; j < rows_[s]; ++j) {
-        for (int64_t i = j + 1; i < rows_[s]; ++i) m[i * padded_[s] + j] = m[j * padded_[s] + i];
-      }
-    }
+    k_.mirror(xx(matrices), rows_[0], padded_[0]);
+    k_.mirror(yy(matrices), rows_[1], padded_[1]);
   }
 
   // One pass over the inputs where tiles need to know whole rows: their means, or their norms.
@@ -266,9 +276,11 @@ class GramProblem {
       ref_[s].assign(total, A(0)), mean_[s].assign(total, A(0)), total_mean_[s].assign(total, 0.0);
       scale_[s].assign(total, A(1));
       if (v.features == 0 || total == 0) continue;
-      const int64_t chunks = chunks_of(s), splits = std::min<int64_t>(chunks, groups_ >= kManyGroups ? 1 : kTasks);
+      const int64_t chunks = chunks_of(s),
+                    splits = std::min<int64_t>(chunks, groups_ >= kManyGroups ? 1 : kTasks);
       std::vector<double> sums(2 * splits * total, 0.0);
-      parallel_for(0, groups_ * splits, 1, [&](int64_t begin, int64_t end) {
+      const int64_t grain = ceil_div(kTaskElements, ceil_div(n * v.features, splits));
+      parallel_for(0, groups_ * splits, grain, [&](int64_t begin, int64_t end) {
         Buffer<A> tile(tile_elements(s)), first_column(n * k_.lanes);
         for (int64_t task = begin; task < end; ++task) {
           const int64_t g = task / splits, split = task % splits;
@@ -282,7 +294,8 @@ class GramProblem {
           for (int64_t c = chunks * split / splits; c < chunks * (split + 1) / splits; ++c) {
             const int64_t first = c * chunk_[s], count = std::min(chunk_[s], v.features - first);
             k_.pack(v, g, first, count, TileTransform<A>{}, tile.get(), ld_[s], round_up(count, k_.lanes), n);
-            k_.row_sums(tile.get(), ld_[s], count, n, ref.data(), sum, sum + n);
+            k_.row_sums(tile.get(), ld_[s], count, n, ref.data(), centers_rows() ? sum : nullptr,
+                        norms ? sum + n : nullptr);
           }
         }
       });

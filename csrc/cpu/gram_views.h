@@ -1,6 +1,7 @@
 #pragma once
 
-// Strided tensors [G, R1, R2, F1, F2, F3] as rows x features. For gram.cpp only (not for *.simd.cpp: it uses std).
+// Strided tensors [G, R1, R2, F1, F2, F3] as rows x features. For gram.cpp only (not for *.simd.cpp: it uses
+// std).
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -15,11 +16,16 @@ namespace kd {
 
 inline Dtype gram_dtype(const torch::stable::Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Double: return Dtype::f64;
-    case ScalarType::Half: return Dtype::f16;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    default: KD_CHECK(false, "gram: need float32, float64, float16 or bfloat16, got ", toString(x.scalar_type()));
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Double:
+      return Dtype::f64;
+    case ScalarType::Half:
+      return Dtype::f16;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    default:
+      KD_CHECK(false, "gram: need float32, float64, float16 or bfloat16, got ", toString(x.scalar_type()));
   }
   return Dtype::f32;
 }
@@ -29,7 +35,8 @@ struct Axes {
   std::vector<int64_t> sizes;
   std::vector<std::vector<int64_t>> strides;  // [tensor][axis]
 
-  Axes(const std::vector<const torch::stable::Tensor*>& tensors, const std::vector<int>& order) : strides(tensors.size()) {
+  Axes(const std::vector<const torch::stable::Tensor*>& tensors, const std::vector<int>& order)
+      : strides(tensors.size()) {
     for (int a : order) sizes.push_back(tensors[0]->size(a));
     for (size_t t = 0; t < tensors.size(); ++t) {
       for (int a : order) strides[t].push_back(tensors[t]->stride(a));
@@ -73,13 +80,15 @@ struct OwnedView {
   std::vector<int64_t> row_offset, outer;
 };
 
-// Views of tensors whose features stand in one order: an input and its gradient, or inputs that are multiplied with one
-// another. transposed: the feature axes are the rows (their sizes may then differ), the row axes are the features.
-inline std::vector<std::unique_ptr<OwnedView>> make_views(const std::vector<const torch::stable::Tensor*>& tensors,
-                                                          bool transposed) {
+// Views of tensors whose features stand in one order: an input and its gradient, or inputs that are
+// multiplied with one another. transposed: the feature axes are the rows (their sizes may then differ), the
+// row axes are the features.
+inline std::vector<std::unique_ptr<OwnedView>> make_views(
+    const std::vector<const torch::stable::Tensor*>& tensors, bool transposed) {
   const std::vector<int> row_axes{1, 2}, feature_axes{3, 4, 5};
   std::vector<int> order = transposed ? row_axes : feature_axes;
-  // The order of the features is free as long as all agree: run along the smallest stride of the first tensor.
+  // The order of the features is free as long as all agree: run along the smallest stride of the first
+  // tensor.
   std::stable_sort(order.begin(), order.end(),
                    [&](int a, int b) { return tensors[0]->stride(a) > tensors[0]->stride(b); });
   const Axes features(tensors, order);

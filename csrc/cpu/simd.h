@@ -1,7 +1,8 @@
 #pragma once
 
-// Vectors, loads and conversions for *.simd.cpp. Everything lives in namespace kd::KD_ISA and in an unnamed namespace
-// inside it, so that no function compiled for one instruction set can be linked into another's code.
+// Vectors, loads and conversions for *.simd.cpp. Everything lives in namespace kd::KD_ISA and in an unnamed
+// namespace inside it, so that no function compiled for one instruction set can be linked into another's
+// code.
 
 #include <cstdint>
 #if defined(__AVX2__)
@@ -47,7 +48,8 @@ inline void store_vec(A* to, const Vec<A>& v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-// to[i] += sum of the lanes of v[i], for four vectors at once: a tree of shuffles, three additions deep per halving.
+// to[i] += sum of the lanes of v[i], for four vectors at once: a tree of shuffles, three additions deep per
+// halving.
 template <class A>
 inline void add_sums4(const Vec<A>* v, A* to) {
 #if defined(__AVX2__)
@@ -103,7 +105,8 @@ inline float load(const Half* p) {
 #if defined(__F16C__)
   return _cvtsh_ss(p->bits);
 #else
-  // Shift the exponent into place, then let a multiplication by 2^112 rescale normal and subnormal numbers alike.
+  // Shift the exponent into place, then let a multiplication by 2^112 rescale normal and subnormal numbers
+  // alike.
   const uint32_t magnitude = p->bits & 0x7fffu, sign = static_cast<uint32_t>(p->bits & 0x8000u) << 16;
   const float scaled = as_float(magnitude << 13) * as_float(0x77800000u);
   const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;  // inf and nan keep their exponent

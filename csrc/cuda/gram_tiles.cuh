@@ -3,7 +3,6 @@
 // Pieces of gram.cu: what a kernel gets (Plan), centred tiles of a strided matrix, register-blocked products,
 // fixed-order sums over a block.
 
-#include <cfloat>
 #include <cstdint>
 
 #include "launch.h"

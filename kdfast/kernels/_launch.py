@@ -68,6 +68,16 @@ def precision(*dtypes: torch.dtype) -> str:
     return "ieee" if torch.float64 in dtypes or (torch.float32 in dtypes and exact) else "tf32"
 
 
+def options(warps: int, stages: int = 2, keep: bool = True) -> dict[str, int]:
+    """Compiler options of a launch.
+
+    Left alone, ptxas may spill a few registers so that more programs fit a multiprocessor; ``keep`` names the
+    largest number of registers, which stops that. Without it ptxas schedules unrolled code less greedily.
+    """
+    registers = {"maxnreg": 255} if keep and torch.version.hip is None else {}
+    return {"num_warps": warps, "num_stages": stages, **registers}
+
+
 def on_device(v: Tensor) -> AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(v.device) if v.is_cuda else nullcontext()

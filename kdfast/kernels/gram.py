@@ -1,17 +1,17 @@
 """Triton backend of the op ``gram``: which kernels run, at which sizes. Kernels: gram_products, gram_compare.
 
-* Gram side: K = Xc Xc^T and L, compared as N x N matrices; the gradient is a small matrix times Xc. At most
-  128 rows are held by one program, which centres them inside its tile and reads every element once; more rows
-  go in tiles.
+* Gram side: K = Xc Xc^T and L, compared as N x N matrices; the gradient is a small matrix times Xc. Up to 128
+  rows (80 where products are float32) are held by one program, which centres them inside its tile and reads
+  every element once; more rows go in tiles.
 * Transposed comparisons (``inter``, ``feature_side``): |P^T Q|^2 = <P P^T, Q Q^T> turns a product over the
   rows of a view into one over its columns, and back. ``inter`` takes P = X and compares X^T by the N x N
   products P P^T, Q Q^T and P Q^T; ``feature_side`` takes P = X^T and compares X by D x D products. Both are
   one path here.
 
-Launches for at most 128 rows: forward 2 (products, comparison; a sum between where columns are split),
-backward 2. Sizes are fixed by the shapes alone, so that results do not depend on the load. They aim at 512
-programs, about four for each multiprocessor of a large GPU; columns are split into at most 64 parts, because
-each part costs N^2 floats written and read again.
+Launches where one program holds all rows: forward 2 (products, comparison; a sum between where columns are
+split), backward 2. Sizes are fixed by the shapes alone, so that results do not depend on the load. They aim
+at 512 programs, about four for each multiprocessor of a large GPU; columns are split into at most 64 parts,
+because each part costs N^2 floats written and read again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from torch import Tensor
 
 from ..reference import gram as reference
 from . import gram_compare, gram_products
-from ._launch import View, on_device, precision, view
+from ._launch import View, on_device, options, precision, view
 from .gram_products import Config
 
 CKA, CKA_ROW, UNBIASED, ROW_COSINE, MEAN, DIFFERENCE = range(6)
 PROGRAMS, MAX_SPLITS, MIN_STEPS = 512, 64, 4
-WHOLE_ROWS, WHOLE_ROWS_DOUBLE = 128, 32  # rows that one program holds
+# Rows that one program holds, by what multiplies them: TF32, float32 (its registers end there), float64
+WHOLE_ROWS, WHOLE_ROWS_IEEE, WHOLE_ROWS_DOUBLE = 128, 80, 32
 COMPARED_ROWS = 512  # rows of Grams that one program compares; larger Grams are compared by PyTorch
 ROW_TILES = {16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (64, 64)}
 
@@ -152,7 +153,8 @@ class _Call:
         self.px, self.py = (self.vx.T, self.vy.T) if self.feature_side else (self.vx, self.vy)
         self.rows_x, self.rows_y = (self.dx, self.dy) if self.feature_side else (self.n, self.n)
         self.contracted = self.n if self.feature_side else self.dx
-        self.whole = self.n <= (WHOLE_ROWS_DOUBLE if self.dtype == torch.float64 else WHOLE_ROWS)
+        ieee_rows = WHOLE_ROWS_DOUBLE if self.dtype == torch.float64 else WHOLE_ROWS_IEEE
+        self.whole = self.n <= min(WHOLE_ROWS, ieee_rows if self.precision == "ieee" else WHOLE_ROWS)
 
     def products(self, saved: Tensor | None, fill: bool) -> tuple[Tensor | None, Tensor | None]:
         """K, L and (P P^T, Q Q^T, P Q^T), each [G, elements]: computed, or read from what a forward saved.
@@ -175,10 +177,11 @@ class _Call:
         return Config(rows0, rows1, columns, center * self.centered, flat, acc, self.precision, **more)
 
     def _columns(self, rows: int) -> int:
-        """Columns of a tile that is multiplied: 20 KB of TF32 tile, 8 KB of tile for the FMA units."""
+        """Columns of a tile of ``rows`` rows that is multiplied: what fits the registers, see the AOT
+        tests."""
         if self.precision == "ieee":
-            return 32 if rows <= 64 and self.dtype != torch.float64 else 16
-        return 64 if rows <= 80 else 32
+            return 32 if rows <= 48 and self.dtype != torch.float64 else 16
+        return 64 if rows <= 64 else 32
 
     def _splits(self, programs: int, columns: int, block: int) -> int:
         """How many programs share one sum over the columns."""
@@ -199,30 +202,21 @@ class _Call:
     def _whole_tiles(self) -> tuple[int, int, int, int]:
         """Two row tiles that hold all rows, columns, warps."""
         r0, r1 = ROW_TILES[next(rows for rows in ROW_TILES if rows >= self.n)]
-        return r0, r1, self._columns(r0 + r1), 8 if r0 + r1 > 64 else 4
+        return r0, r1, self._columns(r0 + r1), 8 if r0 + r1 >= 64 else 4
 
     def _grams(self, into: Tensor | None) -> Tensor:
         """K and L [G, 2 N N] (or more where ``into`` has more)."""
         if not self.whole:
             return self._pair_products(False, into)
+        ieee = self.precision == "ieee"
         r0, r1, columns, warps = self._whole_tiles()
         n, dx, dy, groups = self.n, self.dx, self.dy, self.groups
         splits = self._splits(2 * groups, max(dx, dy), columns)
         parts = self._parts(splits, 2 * n * n, into)
         config = self._config(r0, r1, columns, 1, self.vx, self.vy)
+        args = (self.vx, self.vy, parts, parts.stride(1), n, dx, dy, splits, groups, config)
         gram_products.whole_grams[(splits * 2 * groups,)](
-            self.vx,
-            self.vy,
-            parts,
-            parts.stride(1),
-            n,
-            dx,
-            dy,
-            splits,
-            groups,
-            config,
-            num_warps=warps,
-            num_stages=2,
+            *args, **options(warps, 2 if ieee else 3, keep=not ieee)
         )
         return self._summed(parts, 2 * n * n, into)
 
@@ -236,7 +230,7 @@ class _Call:
         dx, dy = (self.contracted, self.contracted) if cross else (self.dx, self.dy)
         count = nx * nx + ny * ny + cross * nx * ny
         tile = self._pair_tile(max(nx, ny))
-        columns, tiles = self._columns(tile), triton.cdiv(max(nx, ny), tile)
+        columns, tiles = min(32, self._columns(tile)), triton.cdiv(max(nx, ny), tile)
         programs = self.groups * (2 + cross) * tiles * tiles
         splits = self._splits(programs, max(dx, dy), columns)
         parts = self._parts(splits, count, into)
@@ -244,7 +238,7 @@ class _Call:
         config = self._config(tile, 0, columns, 2 if cross else 1, vx, vy, cross=cross)
         gram_products.pair_products[(splits * programs,)](
             vx, vy, *means, parts, parts.stride(1), nx, ny, dx, dy, splits, self.groups, tiles, config,
-            num_warps=8 if tile == 64 else 4, num_stages=2,
+            **options(8 if tile == 64 else 4),
         )  # fmt: skip
         return self._summed(parts, count, into)
 
@@ -276,7 +270,7 @@ class _Call:
         """Whole rows in blocks of at most 4096 elements: 16 of each Gram in every thread of 8 warps."""
         width = max(16, triton.next_power_of_2(self.n))
         rows = min(width, 4096 // width)
-        return {"BN": width, "BR": rows, "num_warps": max(1, width * rows // 512)}
+        return {"BN": width, "BR": rows, **options(max(1, width * rows // 512))}
 
     def _split_grams(self, grams: Tensor) -> list[Tensor]:
         return [grams[:, i * self.n**2 : (i + 1) * self.n**2].view(-1, self.n, self.n) for i in range(2)]
@@ -350,12 +344,13 @@ class _Call:
         """Writes the gradients of the sides that need one: all terms in one launch."""
         ox, oy = view(grad_x) if need_x else self.vx, view(grad_y) if need_y else self.vy
         first, sides = int(not need_x), need_x + need_y
+        ieee = self.precision == "ieee"
         if factors is None and self.whole:
             r0, r1, columns, warps = self._whole_tiles()
             splits = self._splits(sides * self.groups, max(self.dx, self.dy), columns)
             config = self._config(r0, r1, columns, 1, self.vx, self.vy, ox, oy)
             args = (self.vx, self.vy, ox, oy, small, self.n, self.dx, self.dy, splits, first, sides, config)
-            gram_products.whole_apply[(splits * sides * self.groups,)](*args, num_warps=warps, num_stages=2)
+            gram_products.whole_apply[(splits * sides * self.groups,)](*args, **options(warps, keep=False))
             return
         nothing = self.x.new_empty(0, dtype=self.dtype)
         gram_args = (nothing, nothing, nothing) if small is None else (small, *self._column_means())
@@ -365,7 +360,6 @@ class _Call:
         if self.feature_side:
             ox, oy = ox.T, oy.T
         dx, dy = (self.contracted, self.contracted) if self.transposed else (self.dx, self.dy)
-        ieee = self.precision == "ieee"
         tile = self._pair_tile(max(self.rows_x, self.rows_y))
         columns = 32 if ieee else 64
         tiles, blocks = triton.cdiv(max(self.rows_x, self.rows_y), tile), triton.cdiv(max(dx, dy), columns)
@@ -373,5 +367,5 @@ class _Call:
         config = self._config(tile, 0, columns, 1, self.px, self.py, ox, oy, **terms)
         gram_products.pair_apply[(sides * self.groups * tiles * blocks,)](
             self.px, self.py, ox, oy, *gram_args, *cross_args, self.rows_x, self.rows_y, dx, dy,
-            first, sides, tiles, blocks, config, num_warps=8 if ieee else 4, num_stages=2,
+            first, sides, tiles, blocks, config, **options(8 if ieee else 4),
         )  # fmt: skip

@@ -40,13 +40,17 @@ def check_pair(student: Tensor, teacher: Tensor, min_dim: int = 2) -> None:
     """Float tensors of at least ``min_dim`` axes on one device, with equally many samples (rows)."""
     check_float("student", student)
     check_float("teacher", teacher)
-    both = f"student {describe(student)}, teacher {describe(teacher)}"
     if student.device != teacher.device:
-        raise ValueError(f"student and teacher must be on one device, got {both}")
-    if student.dim() < min_dim or teacher.dim() < min_dim:
-        raise ValueError(f"student and teacher need at least {min_dim} axes, got {both}")
-    if student.shape[0] != teacher.shape[0]:
-        raise ValueError(f"student and teacher must have equally many samples (axis 0), got {both}")
+        problem = "must be on one device"
+    elif student.dim() < min_dim or teacher.dim() < min_dim:
+        problem = f"need at least {min_dim} axes"
+    elif student.shape[0] != teacher.shape[0]:
+        problem = "must have equally many samples (axis 0)"
+    else:
+        return
+    raise ValueError(
+        f"student and teacher {problem}, got student {describe(student)}, teacher {describe(teacher)}"
+    )
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -130,7 +130,8 @@ class CKALoss(Loss):
 class LogitCKALoss(Loss):
     """Intra- and inter-class CKA of logits: L_LCKA of RCKA (Eqs. 6 and 7).
 
-    Intra compares samples (rows of the logits), inter compares classes (columns); both come from one set of N x N Grams.
+    Intra compares samples (rows of the logits), inter compares classes (columns); both come from one set of N x N
+    Grams.
 
     Args:
         intra_weight, inter_weight: factors on the two terms.
@@ -253,7 +254,7 @@ class GramMMDLoss(_GramLoss):
     """The MMD side of RCKA's Theorem 2, for ablations; uncentred, because centring makes the bound vacuous.
 
     Args:
-        kind: ``"gram"``: N²/2 (mean K/|K| - mean L/|L|)², the lower bound of 1 - CKA. ``"upper"``: half of the squared
+        kind: ``"gram"``: N²/2 (mean K/|K| - mean L/|L|)², the lower bound of 1 - CKA. ``"upper"``: half the squared
             distance of the unit Grams, equal to 1 - CKA. ``"author"``: what the published ablation computes,
             mean((ĝ - ĥ)²) - ½ mean(ĝ² + ĥ²) on Grams with rows of unit length, plus its constant so that it is >= 0.
         weight: factor on the value.
@@ -288,7 +289,8 @@ class SimilarityPreservingLoss(_GramLoss):
 class PairwiseAffinityLoss(Loss):
     """Pair-wise distillation (Liu et al., CVPR 2019): mean squared difference of all pixels' cosine similarities.
 
-    The N x N affinities of N = H W pixels are not formed when the channels are fewer: |K - L|² comes from C x C products.
+    The N x N affinities of N = H W pixels are not formed when the channels are fewer: |K - L|² comes from C x C
+    products.
 
     Shape: student [B, C, H, W], teacher [B, C', H, W], or sequences of such levels; mean over images, sum over levels.
     Differentiable in both.

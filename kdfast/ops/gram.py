@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend
+from ..kernels import gram_cuda
 from ..reference import gram as reference
 from ..reference.gram import COMPARISONS
 from ._define import define
@@ -18,11 +20,22 @@ SAVED_ELEMENTS = 1 << 18
 
 
 def workspace_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
-    """Elements per group of the matrices that a backward needs (XX, YY and, where used, XY)."""
+    """Elements per group of the full matrices that a backward needs: XX, YY and, where used, XY."""
     n, dx, dy = _rows(x), _features(x), _features(y)
     if feature_side:
         return dx * dx + dy * dy + dx * dy
     return (3 if inter else 2) * (n + inter) ** 2
+
+
+def saved_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
+    """Elements per group that the C++ forward saves: on the CPU the symmetric XX and YY as triangles."""
+    if x.device.type == "cuda":
+        return workspace_size(x, y, inter, feature_side)
+    n, dx, dy = _rows(x), _features(x), _features(y)
+    if feature_side:
+        return dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy
+    n += inter
+    return n * (n + 1) + (n * n if inter else 0)
 
 
 def _rows(v: Tensor) -> int:
@@ -37,14 +50,18 @@ def _accumulator(x: Tensor, y: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
 
 
-def _fake(x, y, compare, centered, cosine, inter, feature_side, save):
+def _fake(x, y, compare, centered, cosine, inter, feature_side, save, size=saved_size):
     groups, terms, dtype = x.shape[0], 1 + inter, _accumulator(x, y)
-    saved = (groups, workspace_size(x, y, inter, feature_side)) if save else (0,)
+    saved = (groups, size(x, y, inter, feature_side)) if save else (0,)
     return (
         x.new_empty((terms, 3, groups), dtype=dtype),
         x.new_empty((terms, groups), dtype=dtype),
         x.new_empty(saved, dtype=dtype),
     )
+
+
+def _fake_triton(*args):
+    return _fake(*args, size=workspace_size)
 
 
 def _fake_backward(
@@ -58,7 +75,7 @@ def _fake_backward(
 
 def _reference(x, y, compare, centered, cosine, inter, feature_side, save):
     products, distance = reference.gram(x, y, compare, centered, cosine, inter, feature_side)
-    saved = (x.shape[0], workspace_size(x, y, inter, feature_side)) if save else (0,)
+    saved = (x.shape[0], saved_size(x, y, inter, feature_side)) if save else (0,)
     return products, distance, products.new_zeros(saved)
 
 
@@ -99,6 +116,7 @@ define(
     _fake,
     _reference,
     _triton,
+    _fake_triton,
 )
 define(
     "gram_backward",
@@ -154,7 +172,9 @@ def gram(
     side (N x N Grams or D x D products) is chosen here.
     """
     n, dx, dy = _rows(x), _features(x), _features(y)
-    swap = inter and n > dx  # the transposed problem has the smaller Grams; its intra term is this one's inter term
+    swap = (
+        inter and n > dx
+    )  # the transposed problem has the smaller Grams; its intra term is this one's inter term
     if inter and x.shape[3:] != y.shape[3:]:
         x, y = (v.flatten(3)[..., None, None] for v in (x, y))
     if swap:
@@ -162,21 +182,26 @@ def gram(
         n, dx, dy = dx, n, n
     feature_side = not inter and _feature_side_is_cheaper(n, dx, dy, compare, centered, cosine)
     flags = (COMPARISONS.index(compare), centered, cosine, inter, feature_side)
-    chosen = backend.choose("gram", x.device.type, ("triton",))
+    chosen = backend.choose("gram", x.device.type, ("cuda", "triton"), partial(_unsupported, x, y, flags))
     if chosen == "reference":
         products, distance = reference.gram(x, y, *flags)
     else:
-        matrices = workspace_size(x, y, inter, feature_side)
+        matrices = (workspace_size if chosen == "triton" else saved_size)(x, y, inter, feature_side)
         small = x.shape[0] * matrices <= SAVED_ELEMENTS or matrices <= SAVED_SHARE * n * (dx + dy)
         products, distance = _Gram.apply(x, y, flags, small and not cosine, chosen == "triton")
     return (products.flip(0), distance.flip(0)) if swap else (products, distance)
+
+
+def _unsupported(x: Tensor, y: Tensor, flags: tuple, name: str) -> str | None:
+    compare, _, cosine, _, feature_side = flags
+    return gram_cuda.unsupported(x, y, compare, cosine, feature_side) if name == "cuda" else None
 
 
 def _feature_side_is_cheaper(n: int, dx: int, dy: int, compare: str, centered: bool, cosine: bool) -> bool:
     if compare not in ("cka", "difference") or (cosine and centered):
         return False
     # Multiply-adds: two symmetric D x D products and a full one against two symmetric N x N Grams.
-    return n * (dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy) < n * (n + 1) // 2 * (dx + dy)
+    return n * (dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy) <= n * (n + 1) // 2 * (dx + dy)
 
 
 def transposed(v: Tensor) -> Tensor:

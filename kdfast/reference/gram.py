@@ -1,7 +1,8 @@
 """Comparisons of (centred) Gram matrices in plain PyTorch: the truth, the fallback and the benchmarks' baseline.
 
-A view is a 6-D tensor [G, R1, R2, F1, F2, F3]: groups, up to two row axes, up to three feature axes; it is read as G
-matrices of N = R1*R2 rows and D = F1*F2*F3 features. With K and L the N x N Grams of student and teacher, a comparison is
+A view is a 6-D tensor [G, R1, R2, F1, F2, F3]: groups, up to two row axes, up to three feature axes; it is read
+as G matrices of N = R1*R2 rows and D = F1*F2*F3 features. With K and L the N x N Grams of student and teacher, a
+comparison is
 
     cka         1 - <K, L> / (|K| |L|)                                       (METHODS 1.1)
     cka_row     the same with K_ij / sqrt(K_ii), rows only                    (METHODS 1.2)
@@ -45,14 +46,21 @@ def gram(
         products [T, 3, G] = (<K, L>, <K, K>, <L, L>) and distance [T, G], T = 1 (or 2 with ``inter``), float32
         (float64 for float64 inputs). Differentiable in x and y, any number of times.
     """
+    with torch.autocast(x.device.type, enabled=False):  # matrix products stay in the accumulation type
+        return _terms(x, y, COMPARISONS[compare], centered, cosine, inter, feature_side)
+
+
+def _terms(
+    x: Tensor, y: Tensor, compare: str, centered: bool, cosine: bool, inter: bool, feature_side: bool
+) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
     x, y = (v.flatten(3).flatten(1, 2).to(dtype) for v in (x, y))  # [G, N, D], [G, N, D']
     if cosine:
         x, y = _unit_rows(x), _unit_rows(y)
-    terms = [_compare(x, y, COMPARISONS[compare], centered, feature_side)]
+    terms = [_compare(x, y, compare, centered, feature_side)]
     if inter:
         xt, yt = x.mT, y.mT  # rows are features
-        terms.append(_compare(xt, yt, COMPARISONS[compare], centered, feature_side=x.shape[1] < x.shape[2]))
+        terms.append(_compare(xt, yt, compare, centered, feature_side=x.shape[1] < x.shape[2]))
     products, distances = zip(*terms, strict=True)
     return torch.stack(products), torch.stack(distances)
 
@@ -164,7 +172,10 @@ def _unit_rows(x: Tensor) -> Tensor:
 
 def _scale_rows(k: Tensor) -> Tensor:
     """K_ij / sqrt(K_ii); a zero row stays zero."""
-    diagonal = k.diagonal(dim1=1, dim2=2)[:, :, None]
+    eye = torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
+    diagonal = (k * eye).sum(
+        2, keepdim=True
+    )  # not k.diagonal(): inductor (torch 2.13) miscompiles its backward here
     return k * torch.where(diagonal > 0, torch.where(diagonal > 0, diagonal, 1.0).rsqrt(), 0.0)
 
 

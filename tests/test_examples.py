@@ -1,0 +1,82 @@
+"""The examples run as a user starts them, and write what they promise."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "distill_digits.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    short = ("--seeds", "1", "--epochs", "2", "--teacher-epochs", "2", "--train-fraction", "0.1")
+    done = run("--out", str(out), *short, "--large-batch", "96", "--no-compile", "--quiet", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "RCKA" in done.stdout
+    return out
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_accuracy_table(report):
+    table = {row["method"]: row for row in rows(report / "accuracy.csv")}
+    assert list(table) == ["teacher", "plain student", "KD", "RCKA"]
+    assert float(table["teacher"]["mean"]) > 50  # two epochs on 1,000 images; guessing gives 10
+    for row in table.values():
+        assert 0 <= float(row["min"]) <= float(row["mean"]) <= float(row["max"]) <= 100
+        assert float(row["ms_per_step"]) > 0
+    gain = float(table["RCKA"]["mean"]) - float(table["plain student"]["mean"])
+    assert float(table["RCKA"]["gain"]) == pytest.approx(gain, abs=0.02)
+
+
+def test_loss_time_names_every_provider(report):
+    table = rows(report / "loss_time.csv")
+    assert {row["batch"] for row in table} == {"64", "96"}
+    assert {row["provider"] for row in table if row["loss"] == "RCKA"} == {"eager PyTorch", "kdfast (cpu)"}
+    for row in table:
+        assert float(row["ms"]) > 0 if row["ms"] else row["note"]
+        assert "differs" not in row["note"]
+
+
+def test_cka_of_every_pair_of_layers(report):
+    table = rows(report / "cka.csv")
+    states = {"before training", "after: plain student", "after: KD", "after: RCKA"}
+    pairs = {(row["state"], row["teacher_layer"], row["student_layer"]) for row in table}
+    assert {state for state, _, _ in pairs} == states
+    assert len(pairs) == len(table) == len(states) * 7 * 4
+    assert all(0 <= float(row["cka"]) <= 1 for row in table)
+
+
+def test_report_links_what_exists(report):
+    text = (report / "report.md").read_text()
+    for name in ("accuracy.csv", "runs.csv", "loss_time.csv", "cka.csv", "curves.png", "cka.png"):
+        assert f"]({name})" in text
+        assert (report / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), [(("--loss", "unknown"), "unknown"), (("--train-fraction", "2"), "0.02")]
+)
+def test_wrong_arguments_are_named(arguments, named):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert named in done.stderr
