@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops.attention_mask import attention_mask, attention_pool, mask
+from ..ops.attention_mask import attention_mask, attention_pool, mask, masked_distance
 from ._common import Levels, Loss, check_choice, check_pair, describe, levels, total
 
 Mask = Literal["mean_of_softmax", "softmax_of_sum"]
@@ -51,7 +51,7 @@ def attention_masks(
     Raises:
         ValueError, TypeError: maps that are not float tensors of one shape on one device; T not above 0.
     """
-    _check_settings(temperature, mode)
+    _check_settings(temperature, "mode", mode)
     _check_maps(student, teacher, one_width=True)
     pooled = [attention_pool(v) for v in (student, teacher)]
     dtype = torch.promote_types(*(p[0].dtype for p in pooled))
@@ -59,6 +59,26 @@ def attention_masks(
         mask(*(p[i][0].to(dtype) for p in pooled), temperature, mode == "softmax_of_sum") for i in (0, 1)
     )
     return spatial, channel[:, :, None, None]
+
+
+def attention_parts(
+    x: Tensor, spatial_temperature: float, channel_temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One map's share of published code: its own masks, and means of A, in one read.
+
+    Returns: spatial mask [B, 1, H, W], channel mask [B, C, 1, 1], means over channels [B, 1, H, W] and over pixels [B, C].
+    """
+    spatial, channel = attention_pool(x, signed=True)
+    spatial_mask = mask(spatial[0], spatial[0], spatial_temperature, False)
+    channel_mask = mask(channel[0], channel[0], channel_temperature, False)
+    return spatial_mask, channel_mask[:, :, None, None], spatial[1], channel[1]
+
+
+def masked_feature_distance(student: Tensor, teacher: Tensor, spatial_mask: Tensor) -> Tensor:
+    """(sum of M^s (A_S - A_T)²)^½ of maps [B, C, H, W] under a mask [B, 1, H, W], which is a constant."""
+    _check_maps(student, teacher, one_width=True)
+    ones = torch.ones(student.shape[:2], dtype=torch.float32, device=student.device)
+    return masked_distance(student, teacher, spatial_mask, ones)
 
 
 class AttentionGuidedLoss(Loss):
@@ -109,7 +129,7 @@ class AttentionGuidedLoss(Loss):
         weight: float = 1.0,
     ) -> None:
         super().__init__(weight)
-        _check_settings(temperature, mask)
+        _check_settings(temperature, "mask", mask)
         check_choice("pooling", pooling, ("abs", "signed"))
         self.temperature = temperature
         self.transfer_weight, self.masked_weight = transfer_weight, masked_weight
@@ -196,20 +216,21 @@ class _Adaptation(nn.Module):
 def _widths(channels: Channels | Sequence[Channels]) -> list[tuple[int, int]]:
     """(student, teacher) channels of every level."""
     pair = isinstance(channels, tuple) and len(channels) == 2 and all(isinstance(c, int) for c in channels)
-    entries = [channels] if isinstance(channels, int) or pair else list(channels)
-    widths = [(c, c) if isinstance(c, int) else tuple(c) for c in entries]
+    entries = list(channels) if isinstance(channels, (list, tuple)) and not pair else [channels]
+    widths = [(c, c) if isinstance(c, int) else c for c in entries]
     for width in widths:
-        if len(width) != 2 or not all(isinstance(c, int) and c > 0 for c in width):
+        valid = isinstance(width, (list, tuple)) and len(width) == 2
+        if not valid or not all(isinstance(c, int) and c > 0 for c in width):
             raise ValueError(
                 f"channels: need an int, (student, teacher), or a list of such, one per level; got {channels!r}"
             )
     return widths
 
 
-def _check_settings(temperature: float, mode: str) -> None:
+def _check_settings(temperature: float, name: str, mode: str) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature: need a number above 0, got {temperature!r}")
-    check_choice("mode", mode, ("mean_of_softmax", "softmax_of_sum"))
+    check_choice(name, mode, ("mean_of_softmax", "softmax_of_sum"))
 
 
 def _check_maps(student: Tensor, teacher: Tensor, one_width: bool) -> None:
