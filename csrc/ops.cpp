@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/attention_mask_ops.h"
 #include "cpu/gram_ops.h"
 #ifdef KD_WITH_CUDA
 #include "cuda/gram_ops.h"
@@ -13,6 +14,10 @@
 #include "cpu/logits_ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("attention_mask", TORCH_BOX(&kd::attention_mask_cpu));
+  m.impl("attention_mask_backward", TORCH_BOX(&kd::attention_mask_backward_cpu));
+  m.impl("attention_pool", TORCH_BOX(&kd::attention_pool_cpu));
+  m.impl("masked_distance", TORCH_BOX(&kd::masked_distance_cpu));
   m.impl("gram", TORCH_BOX(&kd::gram_cpu));
   m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cpu));
   m.impl("patch_gram", TORCH_BOX(&kd::patch_gram_cpu));

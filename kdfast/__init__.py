@@ -14,6 +14,7 @@ if _extension.load_error is not None:
     )
 
 from .backend import info, use_backend
+from .losses.attention import AttentionGuidedLoss, attention_masks
 from .losses.gram import (
     CKALoss,
     GramMMDLoss,
@@ -28,6 +29,7 @@ from .losses.gram import (
 from .losses.pcka import MimicLoss, PatchLoss, PCKALoss
 
 __all__ = [
+    "AttentionGuidedLoss",
     "CKALoss",
     "GramMMDLoss",
     "GramProducts",
@@ -38,6 +40,7 @@ __all__ = [
     "PatchLoss",
     "RCKALoss",
     "SimilarityPreservingLoss",
+    "attention_masks",
     "gram_products",
     "info",
     "linear_cka",

@@ -49,6 +49,15 @@ def _logits(kind, classes, dtype, temperature=4.0):
         settings = (kind, 1.0, 8.0, temperature, -100)
         loss, saved = logits(x, x, y, *settings)
         logits_backward(loss, x, x, y, saved, *settings, True, True)
+def _attention(shape, dtype, channels_last=False, signed=False, through=False, flat=True):
+        from kdfast.kernels.attention_mask import attention_mask, attention_mask_backward
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        x = x if flat else x[:, :, :, 1:]
+        loss, terms, *small = attention_mask(x, x, None, 0.5, 1.0, 1.0, through, True, signed, through)
+        given = [v[:, 0] for v in small[:2]] if through else [None, None]
+        attention_mask_backward(x, x, loss, terms, *small, *given, 0)
+        attention_mask_backward(x, None, None, None, None, None, None, None, *(v[:, 0] for v in small[:2]), 0)
 
     return call
 
@@ -69,6 +78,13 @@ CASES = {
     "gram-inter-bf16": ("highest", _gram(128, 1000, bf16, inter=True, centered=False)),
     "gram-features-ieee": ("highest", _gram(5000, 64, f32, feature_side=True)),
     "gram-features-f16": ("highest", _gram(5000, 100, f16, feature_side=True)),
+    "attention-f32": ("highest", _attention((2, 256, 100, 168), f32)),
+    "attention-bf16-signed": ("highest", _attention((2, 256, 50, 84), bf16, signed=True)),
+    "attention-f16-channels-last": ("highest", _attention((2, 256, 50, 84), f16, True, signed=True)),
+    "attention-f32-channels-last-through": ("highest", _attention((2, 256, 50, 84), f32, True, through=True)),
+    "attention-f32-strided": ("highest", _attention((2, 256, 13, 22), f32, flat=False)),
+    "attention-f32-small": ("highest", _attention((2, 5, 3, 7), f32, signed=True, through=True)),
+    "attention-f64": ("highest", _attention((2, 256, 25, 42), f64, through=True)),
     "gram-features-difference": ("high", _gram(5000, 10, f32, "difference", feature_side=True)),
     "logits-kl-f32": ("highest", _logits(0, 32000, f32)),
     "logits-kl-bf16": ("highest", _logits(0, 128000, bf16)),

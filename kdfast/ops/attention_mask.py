@@ -1,0 +1,377 @@
+"""Op ``attention_mask``: pooled attention, masks and masked distance. Formulas: :mod:`kdfast.reference.attention_mask`.
+
+Forward: one pass over both maps pools them, a second one sums the masked errors; in between lie only maps of one channel.
+Backward: one pass over both maps, which writes the gradient with all its parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..reference import attention_mask as reference
+from ..reference.attention_mask import accumulator, mask
+from ._define import define
+
+
+class Settings(NamedTuple):
+    """The op's arguments after the maps; ``through``: also return what gradients through the masks need."""
+
+    temperature: float
+    transfer_weight: float
+    masked_weight: float
+    softmax_of_sum: bool
+    channel_mask: bool
+    signed: bool
+    through: bool
+
+
+def _fake_pool(x, signed):
+    b, c, h, w = x.shape
+    dtype = accumulator(x)
+    return x.new_empty((1 + signed, b, 1, h, w), dtype=dtype), x.new_empty((1 + signed, b, c), dtype=dtype)
+
+
+def _fake(student, teacher, adapted, *settings):
+    b, c, h, w = student.shape
+    settings, dtype = Settings(*settings), accumulator(student, teacher)
+    kinds, saved = 1 + settings.signed, 1 + settings.through
+    return (
+        student.new_empty((), dtype=dtype),
+        student.new_empty((2, 3), dtype=dtype),
+        student.new_empty((kinds, 2, b, 1, h, w), dtype=dtype),
+        student.new_empty((kinds, 2, b, c), dtype=dtype),
+        student.new_empty((saved, b, 1, h, w), dtype=dtype),
+        student.new_empty((saved, b, c), dtype=dtype),
+    )
+
+
+def _fake_distance(x, y, spatial_mask, channel_mask):
+    return x.new_empty((2, 3), dtype=accumulator(x, y))
+
+
+def _fake_backward(x, *args):
+    return torch.empty_like(x)
+
+
+def _factors(weight: float, distance: Tensor) -> Tensor:
+    return torch.where(distance > 0, weight / distance, 0)
+
+
+def _reference(student, teacher, adapted, *settings):
+    s = Settings(*settings)
+    dtype = accumulator(student, teacher)
+    pooled = [[p.to(dtype) for p in reference.attention_pool(v, s.signed)] for v in (student, teacher)]
+    spatial, channel = (torch.stack([pooled[0][i], pooled[1][i]], 1) for i in (0, 1))
+    spatial_mask = reference.mask(*spatial[0], s.temperature, s.softmax_of_sum)[None]
+    channel_mask = reference.mask(*channel[0], s.temperature, s.softmax_of_sum)[None]
+    if not s.channel_mask:
+        channel_mask = torch.ones_like(channel_mask)
+    x = student if adapted is None else adapted
+    masked = reference.masked_distance(x, teacher, spatial_mask[0], channel_mask[0])
+    transfer = torch.stack([torch.linalg.vector_norm(v[-1, 0] - v[-1, 1]) for v in (spatial, channel)])
+    transfer = transfer if s.transfer_weight else torch.zeros_like(transfer)
+    if s.through:
+        square = (x.to(dtype) - teacher.to(dtype)).square()
+        spatial_mask, channel_mask = (
+            torch.cat(
+                [spatial_mask, (channel_mask[0, :, :, None, None] * square).sum(1, keepdim=True)[None]]
+            ),
+            torch.cat([channel_mask, (spatial_mask[0] * square).sum((2, 3))[None]]),
+        )
+    distances = torch.cat([transfer, masked[None]])
+    factors = torch.cat([_factors(s.transfer_weight, transfer), _factors(s.masked_weight, masked)[None]])
+    loss = s.transfer_weight * transfer.sum() + s.masked_weight * masked
+    return loss, torch.stack([distances, factors]), spatial, channel, spatial_mask, channel_mask
+
+
+def _reference_distance(x, y, spatial_mask, channel_mask):
+    distance = reference.masked_distance(x, y, spatial_mask, channel_mask)
+    terms = distance.new_zeros(2, 3)
+    terms[0, 2], terms[1, 2] = distance, _factors(1.0, distance)
+    return terms
+
+
+def _reference_backward(
+    x, other, grad_loss, terms, spatial, channel, spatial_mask, channel_mask, grad_spatial, grad_channel, side
+):
+    b, c, h, w = x.shape
+    dtype = accumulator(x) if other is None else accumulator(x, other)
+    value = x.to(dtype)
+    gradient = torch.zeros_like(value)
+    parts = []  # (gradient of the means over channels, of those over pixels, means of |x|?)
+    if grad_spatial is not None:
+        kinds = zip(grad_spatial, grad_channel, (True, False), strict=False)
+        parts += [(s, c, absolute) for s, c, absolute in kinds]
+    if spatial is not None:
+        factors = grad_loss * terms[1]
+        s, t = (factors[i] * (v[-1, side] - v[-1, 1 - side]) for i, v in enumerate((spatial, channel)))
+        parts.append((s, t, spatial.shape[0] == 1))
+    for s, t, absolute in parts:
+        part = s / c + (t / (h * w))[:, :, None, None]
+        gradient += part * value.sign() if absolute else part
+    if other is not None:
+        weight = grad_loss * terms[1, 2] * spatial_mask[0] * channel_mask[0][:, :, None, None]
+        gradient += weight * (value - other.to(dtype))
+    return torch.empty_like(x).copy_(gradient)
+
+
+def _triton(name: str):
+    def call(*args):
+        from ..kernels import attention_mask as kernels
+
+        return getattr(kernels, name)(*args)
+
+    return call
+
+
+define(
+    "attention_pool",
+    "(Tensor x, bool signed) -> (Tensor spatial, Tensor channel)",
+    _fake_pool,
+    reference.attention_pool,
+    _triton("attention_pool"),
+)
+define(
+    "attention_mask",
+    "(Tensor student, Tensor teacher, Tensor? adapted, float temperature, float transfer_weight, float masked_weight,"
+    " bool softmax_of_sum, bool channel_mask, bool signed, bool through)"
+    " -> (Tensor loss, Tensor terms, Tensor spatial, Tensor channel, Tensor spatial_mask, Tensor channel_mask)",
+    _fake,
+    _reference,
+    _triton("attention_mask"),
+)
+define(
+    "masked_distance",
+    "(Tensor x, Tensor y, Tensor spatial_mask, Tensor channel_mask) -> Tensor terms",
+    _fake_distance,
+    _reference_distance,
+    _triton("masked_distance"),
+)
+# The gradient for x: of L_AM where `other` is given, of L_AT where `spatial` and `channel` are (x is their row `side`),
+# and of means of |x| (and of x) where their gradients are.
+define(
+    "attention_mask_backward",
+    "(Tensor x, Tensor? other, Tensor? grad_loss, Tensor? terms, Tensor? spatial, Tensor? channel,"
+    " Tensor? spatial_mask, Tensor? channel_mask, Tensor? grad_spatial, Tensor? grad_channel, int side) -> Tensor",
+    _fake_backward,
+    _reference_backward,
+    _triton("attention_mask_backward"),
+)
+
+
+def _op(name: str, triton: bool):
+    return getattr(torch.ops.kdfast, f"{name}_triton" if triton else name)
+
+
+def _again(
+    call, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]
+):
+    """Gradients that can be differentiated: those of the reference, ``call`` of the inputs."""
+    with torch.enable_grad():
+        # Aliases: one input may be computed from another, whose gradient must not come along that way too.
+        inputs = tuple(None if v is None else v.view_as(v) for v in inputs)
+        used = [(o, g) for o, g in zip(call(*inputs), grads, strict=True) if g is not None]
+    outputs, given = zip(*used, strict=True)
+    wanted = [v for v, need in zip(inputs, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for need in needed]
+
+
+def _differentiable_again() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
+
+
+class _AttentionMask(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, adapted: Tensor | None, settings: Settings, triton: bool
+    ):
+        found = _op("attention_mask", triton)(student, teacher, adapted, *settings)
+        loss, terms, spatial, channel, spatial_mask, channel_mask = found
+        ctx.save_for_backward(student, teacher, adapted, terms, spatial, channel, spatial_mask, channel_mask)
+        ctx.settings, ctx.triton = settings, triton
+        ctx.set_materialize_grads(False)
+        distances = terms[0]
+        ctx.mark_non_differentiable(distances)
+        return loss, distances, spatial[-1], channel[-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss, _, grad_spatial, grad_channel):
+        student, teacher, adapted, terms, spatial, channel, spatial_mask, channel_mask = ctx.saved_tensors
+        s, needed = ctx.settings, ctx.needs_input_grad[:3]
+        if _differentiable_again():
+
+            def call(*maps):
+                loss, _, *pooled = reference.attention_mask(*maps, *s[:-1], detach_mask=not s.through)
+                return loss, *pooled
+
+            maps, grads = (student, teacher, adapted), (grad_loss, grad_spatial, grad_channel)
+            return *_again(call, maps, needed, grads), None, None
+        x = student if adapted is None else adapted
+        transfers = s.transfer_weight and grad_loss is not None
+        pooled = (spatial, channel) if transfers else (None, None)
+        masks = (spatial_mask, channel_mask) if grad_loss is not None else (None, None)
+        results = [None, None, None]
+        for side, v in enumerate((student, teacher)):
+            if not needed[side]:
+                continue
+            other = (teacher if adapted is None else None) if side == 0 else x
+            other = other if grad_loss is not None else None
+            given = _pooled_gradients(ctx, side, grad_loss, grad_spatial, grad_channel)
+            results[side] = _op("attention_mask_backward", ctx.triton)(
+                v, other, grad_loss, terms, *pooled, *masks, *given, side
+            )
+        if needed[2]:
+            results[2] = _op("attention_mask_backward", ctx.triton)(
+                adapted,
+                teacher if grad_loss is not None else None,
+                grad_loss,
+                terms,
+                None,
+                None,
+                *masks,
+                None,
+                None,
+                0,
+            )
+        return *results, None, None
+
+
+def _pooled_gradients(ctx: Any, side: int, grad_loss, grad_spatial, grad_channel):
+    """Gradients [kinds, B, ...] of one map's means that the caller's use of them and the masks ask for, or None."""
+    _, _, _, terms, *pairs = ctx.saved_tensors
+    s, results = ctx.settings, []
+    for pooled, mask, given, used in (
+        (pairs[0], pairs[2], grad_spatial, True),
+        (pairs[1], pairs[3], grad_channel, s.channel_mask),
+    ):
+        result = None
+        if given is not None:
+            result = torch.zeros_like(pooled[:, side])
+            result[-1] = given[side]
+        if s.through and grad_loss is not None:
+            result = torch.zeros_like(pooled[:, side]) if result is None else result
+            if used:
+                weights, error = mask.flatten(2)
+                count = weights.shape[1]
+                slope = error * (grad_loss * terms[1, 2] * count / (2 * s.temperature))
+                if s.softmax_of_sum:
+                    softmax = weights / count
+                else:
+                    softmax = torch.softmax(pooled[0, side].flatten(1) / s.temperature, 1) / 2
+                scale = 1 if s.softmax_of_sum else 2
+                through = softmax * (slope - scale * (softmax * slope).sum(1, keepdim=True))
+                result[0] += through.view(result[0].shape)
+        results.append(result)
+    if results[0] is None and results[1] is not None:
+        results[0] = torch.zeros_like(pairs[0][:, side])
+    if results[1] is None and results[0] is not None:
+        results[1] = torch.zeros_like(pairs[1][:, side])
+    return results
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, signed: bool, triton: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        ctx.signed, ctx.triton = signed, triton
+        return _op("attention_pool", triton)(x, signed)
+
+    @staticmethod
+    def backward(ctx: Any, grad_spatial: Tensor, grad_channel: Tensor):
+        (x,) = ctx.saved_tensors
+        if _differentiable_again():
+            grads = (grad_spatial, grad_channel)
+            found = _again(lambda x: reference.attention_pool(x, ctx.signed), (x,), (True,), grads)
+            return *found, None, None
+        nothing = (None,) * 7
+        return (
+            _op("attention_mask_backward", ctx.triton)(x, *nothing, grad_spatial, grad_channel, 0),
+            None,
+            None,
+        )
+
+
+class _MaskedDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, spatial_mask: Tensor, channel_mask: Tensor, triton: bool
+    ) -> Tensor:
+        terms = _op("masked_distance", triton)(x, y, spatial_mask, channel_mask)
+        ctx.save_for_backward(x, y, spatial_mask, channel_mask, terms)
+        ctx.triton = triton
+        return terms[0, 2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        x, y, spatial_mask, channel_mask, terms = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        if _differentiable_again():
+
+            def call(x, y):
+                return (reference.masked_distance(x, y, spatial_mask, channel_mask),)
+
+            return *_again(call, (x, y), needed, (grad,)), None, None, None
+        masks = (spatial_mask[None], channel_mask[None])
+        results = [
+            _op("attention_mask_backward", ctx.triton)(a, b, grad, terms, None, None, *masks, None, None, 0)
+            if need
+            else None
+            for a, b, need in ((x, y, needed[0]), (y, x, needed[1]))
+        ]
+        return *results, None, None, None
+
+
+def attention_pool(x: Tensor, *, signed: bool = False) -> tuple[Tensor, Tensor]:
+    """Means of |x| (and of x) over channels and pixels; see :func:`kdfast.reference.attention_mask.attention_pool`."""
+    chosen = backend.choose("attention_pool", x.device.type, ("triton",))
+    if chosen == "reference":
+        return reference.attention_pool(x, signed)
+    return _Pool.apply(x, signed, chosen == "triton")
+
+
+def masked_distance(x: Tensor, y: Tensor, spatial_mask: Tensor, channel_mask: Tensor) -> Tensor:
+    """(sum of M^s M^c (x - y)²)^½; see the reference. Differentiable in x and y; the masks are constants."""
+    x, y = _one_dtype(x, y)
+    masks = [m.detach().to(accumulator(x)).contiguous() for m in (spatial_mask, channel_mask)]
+    chosen = backend.choose("masked_distance", x.device.type, ("triton",))
+    if chosen == "reference":
+        return reference.masked_distance(x, y, *masks)
+    return _MaskedDistance.apply(x, y, *masks, chosen == "triton")
+
+
+def attention_mask(
+    student: Tensor,
+    teacher: Tensor,
+    adapted: Tensor | None = None,
+    *,
+    temperature: float,
+    transfer_weight: float = 1.0,
+    masked_weight: float = 1.0,
+    softmax_of_sum: bool = False,
+    channel_mask: bool = True,
+    signed: bool = False,
+    detach_mask: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, distances and pooled attention of one level; see :func:`kdfast.reference.attention_mask.attention_mask`."""
+    student, teacher, adapted = _one_dtype(student, teacher, adapted)
+    weights = (temperature, transfer_weight, masked_weight)
+    chosen = backend.choose("attention_mask", student.device.type, ("triton",))
+    if chosen == "reference":
+        flags = (softmax_of_sum, channel_mask, signed, detach_mask)
+        return reference.attention_mask(student, teacher, adapted, *weights, *flags)
+    settings = Settings(*map(float, weights), softmax_of_sum, channel_mask, signed, not detach_mask)
+    return _AttentionMask.apply(student, teacher, adapted, settings, chosen == "triton")
+
+
+def _one_dtype(*maps: Tensor | None) -> list[Tensor | None]:
+    """Maps of one dtype, the widest; under autocast an adapted map is in half precision, the raw one may not be."""
+    dtypes = [m.dtype for m in maps if m is not None]
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return [None if m is None else m.to(widest) for m in maps]
