@@ -5,9 +5,12 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/direction_ops.h"
 #include "cpu/gram_ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("direction", TORCH_BOX(&kd::direction_cpu));
+  m.impl("direction_backward", TORCH_BOX(&kd::direction_backward_cpu));
   m.impl("gram", TORCH_BOX(&kd::gram_cpu));
   m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cpu));
 }
