@@ -8,11 +8,11 @@
 #include "cpu/attention_mask_ops.h"
 #include "cpu/direction_ops.h"
 #include "cpu/gram_ops.h"
+#include "cpu/logits_ops.h"
+#include "cpu/patch_gram.h"
 #ifdef KD_WITH_CUDA
 #include "cuda/gram_ops.h"
 #endif
-#include "cpu/patch_gram.h"
-#include "cpu/logits_ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("attention_mask", TORCH_BOX(&kd::attention_mask_cpu));
@@ -23,10 +23,10 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("direction_backward", TORCH_BOX(&kd::direction_backward_cpu));
   m.impl("gram", TORCH_BOX(&kd::gram_cpu));
   m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cpu));
-  m.impl("patch_gram", TORCH_BOX(&kd::patch_gram_cpu));
-  m.impl("patch_gram_backward", TORCH_BOX(&kd::patch_gram_backward_cpu));
   m.impl("logits", TORCH_BOX(&kd::logits_cpu));
   m.impl("logits_backward", TORCH_BOX(&kd::logits_backward_cpu));
+  m.impl("patch_gram", TORCH_BOX(&kd::patch_gram_cpu));
+  m.impl("patch_gram_backward", TORCH_BOX(&kd::patch_gram_backward_cpu));
 }
 
 #ifdef KD_WITH_CUDA

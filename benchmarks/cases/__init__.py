@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import gram, pcka
+from . import gram, logits, pcka
 
-FAMILIES = {"gram": gram, "pcka": pcka}
-from . import gram, logits
-FAMILIES = {"gram": gram, "logits": logits}
+FAMILIES = {"gram": gram, "pcka": pcka, "logits": logits}
 
 
 def select(ops: list[str] | None = None, substring: str = "") -> list[Case]:

@@ -20,8 +20,14 @@ from torch import Tensor
 from ..reference.attention_mask import accumulator
 from ._launch import on_device
 
-ELEMENTS, WARPS = 4096, 8  # of a tile: 16 values in every thread, of two maps at once; half as many in float64
-PIXELS, PIXELS_CHANNELS_LAST = 256, 128  # of a block at most; the sums left per block take 1/256 or 1/128 of a map
+ELEMENTS, WARPS = (
+    4096,
+    8,
+)  # of a tile: 16 values in every thread, of two maps at once; half as many in float64
+PIXELS, PIXELS_CHANNELS_LAST = (
+    256,
+    128,
+)  # of a block at most; the sums left per block take 1/256 or 1/128 of a map
 MASK_BLOCK = 4096
 
 
@@ -261,7 +267,9 @@ def finish(
 def _difference(pooled, at, size, side, kinds, ok):
     """Own minus other attention, of the last kind, at offset ``at`` of [kinds, 2, size]."""
     pair = pooled + (kinds - 1) * 2 * size
-    return tl.load(pair + side * size + at, ok, other=0.0) - tl.load(pair + (1 - side) * size + at, ok, other=0.0)
+    return tl.load(pair + side * size + at, ok, other=0.0) - tl.load(
+        pair + (1 - side) * size + at, ok, other=0.0
+    )
 
 
 @triton.jit
@@ -332,7 +340,9 @@ class _Call:
             )  # fmt: skip
         return spatial, parts.sum(3)
 
-    def errors(self, x: Tensor, y: Tensor, spatial_mask: Tensor, channel_mask: Tensor, through: bool) -> Tensor:
+    def errors(
+        self, x: Tensor, y: Tensor, spatial_mask: Tensor, channel_mask: Tensor, through: bool
+    ) -> Tensor:
         """Sums per program; the masks' second rows where there are any."""
         sums = self.new(self.batch * self.blocks)
         parts = self.new(self.batch, self.blocks, self.channels) if through else sums

@@ -28,9 +28,7 @@ def workspace_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int
 
 
 def saved_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
-    """Elements per group that the C++ forward saves: on the CPU the symmetric XX and YY as triangles."""
-    if x.device.type == "cuda":
-        return workspace_size(x, y, inter, feature_side)
+    """Elements per group that the C++ forward saves on the CPU: the symmetric XX and YY as triangles."""
     n, dx, dy = _rows(x), _features(x), _features(y)
     if feature_side:
         return dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy
@@ -50,7 +48,8 @@ def _accumulator(x: Tensor, y: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
 
 
-def _fake(x, y, compare, centered, cosine, inter, feature_side, save, size=saved_size):
+def _fake(x, y, compare, centered, cosine, inter, feature_side, save, size=None):
+    size = size or (workspace_size if x.device.type == "cuda" else saved_size)
     groups, terms, dtype = x.shape[0], 1 + inter, _accumulator(x, y)
     saved = (groups, size(x, y, inter, feature_side)) if save else (0,)
     return (
@@ -186,7 +185,7 @@ def gram(
     if chosen == "reference":
         products, distance = reference.gram(x, y, *flags)
     else:
-        matrices = (workspace_size if chosen == "triton" else saved_size)(x, y, inter, feature_side)
+        matrices = (saved_size if chosen == "cpu" else workspace_size)(x, y, inter, feature_side)
         small = x.shape[0] * matrices <= SAVED_ELEMENTS or matrices <= SAVED_SHARE * n * (dx + dy)
         products, distance = _Gram.apply(x, y, flags, small and not cosine, chosen == "triton")
     return (products.flip(0), distance.flip(0)) if swap else (products, distance)
