@@ -40,6 +40,19 @@ def _gram(
     return call
 
 
+def _direction(rows, columns, dtype, balanced=False, labelled=True, teacher=True):
+    def call():
+        from kdfast.kernels.direction import direction, direction_backward
+
+        x = torch.empty(rows, columns, dtype=dtype, device="meta")
+        t = x if teacher else None
+        labels = torch.empty(rows, dtype=torch.int64, device="meta") if labelled else None
+        loss, factors, total = direction(x, t, x, labels, -100, balanced)
+        direction_backward(loss, x, t, x, labels, factors, total, -100, balanced, True, teacher)
+
+    return call
+
+
 f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 CASES = {
     # Row tiles of 16, 64 and 64 + 16 rows; the widest; several tiles.
@@ -56,6 +69,10 @@ CASES = {
     "gram-inter-bf16": ("highest", _gram(128, 1000, bf16, inter=True, centered=False)),
     "gram-features-ieee": ("highest", _gram(5000, 64, f32, feature_side=True)),
     "gram-features-f16": ("highest", _gram(5000, 100, f16, feature_side=True)),
+    "direction-f32": ("highest", _direction(128, 64, f32)),
+    "direction-bf16": ("highest", _direction(1024, 1000, bf16, balanced=True)),
+    "direction-f16": ("highest", _direction(8192, 2048, f16, labelled=False)),
+    "direction-f64": ("highest", _direction(512, 1024, f64, teacher=False)),
     "gram-features-difference": ("high", _gram(5000, 10, f32, "difference", feature_side=True)),
 }
 
