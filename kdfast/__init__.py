@@ -14,7 +14,17 @@ if _extension.load_error is not None:
     )
 
 from .backend import info, use_backend
+from .class_means import ClassMeans, compute_class_means
 from .losses.attention import AttentionGuidedLoss, attention_masks
+from .losses.crd import CRDLoss
+from .losses.direction import (
+    DirectionLoss,
+    DirectionNormLoss,
+    EmbeddingProjector,
+    NormLoss,
+    direction_norm_loss,
+)
+from .losses.features import AttentionTransferLoss, FGFILoss, FitNetLoss, ICKDLoss, imitation_mask
 from .losses.gram import (
     CKALoss,
     GramMMDLoss,
@@ -26,22 +36,42 @@ from .losses.gram import (
     gram_products,
     linear_cka,
 )
+from .losses.logits import DISTLoss, DKDLoss, KDLoss, NKDLoss
 from .losses.pcka import MimicLoss, PatchLoss, PCKALoss
+from .losses.review import ReviewKDLoss
 
 __all__ = [
     "AttentionGuidedLoss",
+    "AttentionTransferLoss",
     "CKALoss",
+    "CRDLoss",
+    "ClassMeans",
+    "DISTLoss",
+    "DKDLoss",
+    "DirectionLoss",
+    "DirectionNormLoss",
+    "EmbeddingProjector",
+    "FGFILoss",
+    "FitNetLoss",
     "GramMMDLoss",
     "GramProducts",
+    "ICKDLoss",
+    "KDLoss",
     "LogitCKALoss",
     "MimicLoss",
+    "NKDLoss",
+    "NormLoss",
     "PCKALoss",
     "PairwiseAffinityLoss",
     "PatchLoss",
     "RCKALoss",
+    "ReviewKDLoss",
     "SimilarityPreservingLoss",
     "attention_masks",
+    "compute_class_means",
+    "direction_norm_loss",
     "gram_products",
+    "imitation_mask",
     "info",
     "linear_cka",
     "use_backend",

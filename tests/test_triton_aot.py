@@ -68,6 +68,19 @@ def _attention(shape, dtype, channels_last=False, signed=False, through=False, f
     return call
 
 
+def _direction(rows, columns, dtype, balanced=False, labelled=True, teacher=True):
+    def call():
+        from kdfast.kernels.direction import direction, direction_backward
+
+        x = torch.empty(rows, columns, dtype=dtype, device="meta")
+        t = x if teacher else None
+        labels = torch.empty(rows, dtype=torch.int64, device="meta") if labelled else None
+        loss, factors, total = direction(x, t, x, labels, -100, balanced)
+        direction_backward(loss, x, t, x, labels, factors, total, -100, balanced, True, teacher)
+
+    return call
+
+
 f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 CASES = {
     # Row tiles of 16, 64 and 64 + 16 rows; the widest; several tiles.
@@ -91,6 +104,10 @@ CASES = {
     "attention-f32-strided": ("highest", _attention((2, 256, 13, 22), f32, flat=False)),
     "attention-f32-small": ("highest", _attention((2, 5, 3, 7), f32, signed=True, through=True)),
     "attention-f64": ("highest", _attention((2, 256, 25, 42), f64, through=True)),
+    "direction-f32": ("highest", _direction(128, 64, f32)),
+    "direction-bf16": ("highest", _direction(1024, 1000, bf16, balanced=True)),
+    "direction-f16": ("highest", _direction(8192, 2048, f16, labelled=False)),
+    "direction-f64": ("highest", _direction(512, 1024, f64, teacher=False)),
     "gram-features-difference": ("high", _gram(5000, 10, f32, "difference", feature_side=True)),
     "logits-kl-f32": ("highest", _logits(0, 32000, f32)),
     "logits-kl-bf16": ("highest", _logits(0, 128000, bf16)),

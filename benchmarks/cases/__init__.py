@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import gram, logits, pcka
+from . import direction, gram, logits, pcka
 
-FAMILIES = {"gram": gram, "pcka": pcka, "logits": logits}
+FAMILIES = {"gram": gram, "pcka": pcka, "direction": direction, "logits": logits}
 
 
 def select(ops: list[str] | None = None, substring: str = "") -> list[Case]:

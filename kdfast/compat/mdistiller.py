@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..losses._common import levels, total
+from ..losses.features import attention_transfer, hierarchical_context
 from ..losses.gram import SimilarityPreservingLoss
 from ..losses.logits import DKDLoss, KDLoss
 
@@ -28,45 +29,16 @@ def dkd_loss(
     return DKDLoss(alpha, beta, temperature)(logits_student, logits_teacher, target)
 
 
-def at_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], p: int) -> Tensor:
-    """Attention transfer: mean squared difference of unit maps mean_c x^p, summed over stages [B, C, H, W].
-
-    The map of more rows is pooled (adaptive average) to the height of the other, as a square.
-    """
-    return sum(_attention_distance(s, t, p) for s, t in zip(g_s, g_t, strict=False))
-
-
-def _attention_distance(s: Tensor, t: Tensor, p: int) -> Tensor:
-    height_s, height_t = s.shape[2], t.shape[2]
-    if height_s > height_t:
-        s = F.adaptive_avg_pool2d(s, height_t)
-    elif height_s < height_t:
-        t = F.adaptive_avg_pool2d(t, height_s)
-    s, t = (F.normalize(v.pow(p).mean(1).flatten(1)) for v in (s, t))  # [B, HW]
-    return (s - t).square().mean()
+def at_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], p: float) -> Tensor:
+    """Attention transfer summed over levels; the maps' signs are kept for odd ``p``, as there."""
+    return total([attention_transfer(s, t, p, signed=True) for s, t in levels(g_s, g_t)])
 
 
 def hcl_loss(fstudent: Sequence[Tensor], fteacher: Sequence[Tensor]) -> Tensor:
-    """ReviewKD's hierarchical context loss, summed over levels [B, C, H, W].
-
-    Per level: the MSE, plus that of the maps pooled to 4 x 4, 2 x 2 and 1 x 1 (where smaller than the map) with
-    weights 1/2, 1/4, 1/8 by position, over the sum of the weights.
-    """
-    loss = 0.0
-    for s, t in zip(fstudent, fteacher, strict=False):
-        level, weight, total = F.mse_loss(s, t), 1.0, 1.0
-        for size in (4, 2, 1):
-            if size >= s.shape[2]:
-                continue
-            weight /= 2
-            pooled = F.mse_loss(
-                F.adaptive_avg_pool2d(s, (size, size)), F.adaptive_avg_pool2d(t, (size, size))
-            )
-            level, total = level + weight * pooled, total + weight
-        loss = loss + level / total
-    return loss
+    """Hierarchical context loss summed over levels."""
+    return total([hierarchical_context(s, t) for s, t in levels(fstudent, fteacher)])
 
 
 def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
-    """Similarity preserving, summed over stages [B, ...]."""
+    """Similarity preserving summed over levels; a scalar, where the published value has shape [1]."""
     return SimilarityPreservingLoss()(g_s, g_t)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..losses import logits
+from ._direct_norm import DirectNormLoss
+
+__all__ = ["DKDLoss", "DirectNormLoss", "KDLoss"]
 
 
 class KDLoss(nn.Module):

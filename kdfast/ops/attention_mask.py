@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import attention_mask as reference
-from ..reference.attention_mask import accumulator, mask
+from ..reference.attention_mask import accumulator
 from ._define import define
 
 
