@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import attention_mask as reference
-from ..reference.attention_mask import accumulator
+from ..reference.attention_mask import accumulator, mask  # noqa: F401  (mask: for the losses)
 from ._define import define
 
 
@@ -245,7 +245,7 @@ def _pooled_gradients(ctx: Any, side: int, grad_loss, grad_spatial, grad_channel
     """Gradients [kinds, B, ...] of one map's means that the caller's use of them and the masks ask for, or None."""
     _, _, _, terms, *pairs = ctx.saved_tensors
     s, results = ctx.settings, []
-    for pooled, mask, given, used in (
+    for pooled, mask, given, used in (  # noqa: F402
         (pairs[0], pairs[2], grad_spatial, True),
         (pairs[1], pairs[3], grad_channel, s.channel_mask),
     ):
