@@ -19,11 +19,12 @@ from ..reference.gram import COMPARISONS
 from ..reference.gram import gram as reference_gram
 from ..reference.patch_gram import AVERAGES, Grid
 from ._define import define
-from .gram import SAVED_ELEMENTS, SAVED_SHARE, gram, saved_size, workspace_size
+from .gram import SAVED_ELEMENTS, gram, saved_size, workspace_size
 from .gram import _feature_side_is_cheaper as feature_side_is_cheaper
 
 # Saved Grams may take this share of the maps when they are resized: the forward then holds less than a resized copy.
 SAVED_SHARE_RESIZED = 0.6
+SAVED_SHARE = 0.05  # where they are not: beside it come the blocks of a few groups
 GPU_BLOCK_BYTES = 128 << 20
 
 SPATIAL = AVERAGES.index("spatial")
