@@ -146,9 +146,8 @@ def _triton_backward(grad_products, grad_distance, x, y, saved, *arguments):
 def _join(view: Tensor, shape: torch.Size, grid: Grid, transposed: bool) -> Tensor:
     """The map [B, C, H', W'] of a view of its patches."""
     b, c = shape[:2]
-    if transposed:
-        view = view.flatten(3).flatten(1, 2).mT
-    view = view.flatten(3).flatten(1, 2)  # [G, N, D]
+    view = view.flatten(3).flatten(1, 2)
+    view = view.mT if transposed else view  # [G, N, D]
     i, j, u, v = grid.rows, grid.columns, grid.patch_h, grid.patch_w
     if grid.average == SPATIAL:
         view = view.reshape(u, v, i, j, b, c).permute(4, 5, 2, 0, 3, 1)
