@@ -126,7 +126,8 @@ def published_loop(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
             .flatten(1, 2)
             for v in (s, t)
         ]
-        for x, y in zip(*cut, strict=True):
+        for i in range(len(cut[0])):
+            x, y = cut[0][i], cut[1][i]
             x, y = x - x.mean(0), y - y.mean(0)
             k, m = x @ x.T, y @ y.T
             cka = torch.trace(k @ m.T) / torch.sqrt(torch.trace(k @ k.T) * torch.trace(m @ m.T))

@@ -43,8 +43,9 @@ def loop(average: str, inter: bool) -> Callable[[Tensor, Tensor], Tensor]:
         return x  # [G, N, D]
 
     def one(student: Tensor, teacher: Tensor) -> Tensor:
-        total = 0
-        for x, y in zip(matrices(student), matrices(teacher), strict=True):
+        total, (xs, ys) = 0, (matrices(v) for v in (student, teacher))
+        for i in range(len(xs)):
+            x, y = xs[i], ys[i]  # as published: the backward of each index fills a gradient of the whole map
             total = total + 1 - trace_cka(x, y)
             if inter:
                 total = total + 1 - trace_cka(x.T, y.T)
@@ -60,9 +61,9 @@ def _groups(x: Tensor, average: str) -> int:
 def cost(shape: Sequence[int], average: str, inter: bool, itemsize: int) -> tuple[int, int]:
     """Bytes and operations, forward and backward.
 
-    Bytes: both maps once forward; the student once backward, and its gradient written (the teacher's part of it is in the
-    Gram). Operations: two symmetric Grams and one product of an N x N matrix with the patches; inter adds a full
-    product and another one backward. The resize costs 2 + 2 multiply-adds per pixel each way.
+    Bytes: both maps once forward; the student once backward, and its gradient written. Operations: two symmetric
+    Grams and one product of an N x N matrix with the patches; inter adds a full product and another one backward.
+    The resize costs 2 + 2 multiply-adds per pixel each way.
     """
     batch, channels, height, width = shape
     rows, columns = grid(height, width)

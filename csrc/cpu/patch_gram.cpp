@@ -1,7 +1,7 @@
 // Op patch_gram on the CPU: the gram op on the patches of resized maps, a block of groups at a time.
 //
-// A block's patch matrices [groups, N, D] live in a workspace of a few MB; the resized map itself never exists. Formulas:
-// kdfast/reference/patch_gram.py; the resize and its adjoint: patches.simd.cpp.
+// A block's patch matrices [groups, N, D] live in a workspace of a few MB; the resized map itself never
+// exists. Formulas: kdfast/reference/patch_gram.py; the resize and its adjoint: patches.simd.cpp.
 
 #include "cpu/patch_gram.h"
 
@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 #include <vector>
 
 #include "common/check.h"
@@ -20,7 +21,8 @@
 
 namespace kd {
 
-KD_DECLARE_ISA(extern const PatchKernels<float> patches_float; extern const PatchKernels<double> patches_double;)
+KD_DECLARE_ISA(extern const PatchKernels<float> patches_float;
+               extern const PatchKernels<double> patches_double;)
 
 namespace {
 
@@ -28,10 +30,12 @@ using torch::stable::Tensor;
 
 enum class Average : int { channel, batch, spatial };
 
-constexpr int64_t kBlockBytes = 4 << 20;      // wanted for the patch matrices of a block, per side
+constexpr int64_t kBlockBytes = 1 << 20;       // wanted for the patch matrices of a block, per side
 constexpr int64_t kMostBlockBytes = 16 << 20;  // taken where kBlockGroups groups need it
+constexpr int64_t kWorkspaceBytes = 16 << 20;  // of all threads that work on blocks of their own
 constexpr int64_t kBlockGroups = 8;            // enough for one task per group in the gram op
-constexpr int64_t kPlanes = 16;                // channels that a task works on together where they are neighbours in a map or a matrix
+constexpr int64_t kPlanes =
+    16;  // channels that a task works on together where they are neighbours in a map or a matrix
 
 int64_t padded(int64_t n) { return (n + kLinePadding - 1) / kLinePadding * kLinePadding; }
 
@@ -89,7 +93,8 @@ class Taps {
     in_ = in, out_ = static_cast<int64_t>(of_output.size()), count_ = 1;
     for (const auto& taps : of_output) count_ = std::max(count_, static_cast<int64_t>(taps.size()));
     const int64_t ld = padded(out_);
-    index_.assign(count_ * ld, 0), weight_.assign(count_ * ld, A(0)), first_.assign(count_ * ld / kTapLanes, 0);
+    index_.assign(count_ * ld, 0), weight_.assign(count_ * ld, A(0)),
+        first_.assign(count_ * ld / kTapLanes, 0);
     windows_ = 1;
     for (int64_t k = 0; k < count_; ++k) {
       for (int64_t begin = 0; begin < ld; begin += kTapLanes) {
@@ -98,7 +103,8 @@ class Taps {
         int32_t lowest = INT32_MAX, highest = 0;
         for (int64_t o = begin; o < end; ++o) {
           if (!used(o)) continue;
-          lowest = std::min(lowest, of_output[o][k].index), highest = std::max(highest, of_output[o][k].index);
+          lowest = std::min(lowest, of_output[o][k].index),
+          highest = std::max(highest, of_output[o][k].index);
         }
         lowest = std::min(lowest, highest);
         first_[(k * ld + begin) / kTapLanes] = lowest;
@@ -131,7 +137,10 @@ template <class A>
 class PatchedMap {
  public:
   PatchedMap(const Tensor& map, const Grid& grid)
-      : map_(map), grid_(grid), images_(map.size(0)), channels_(map.size(1)),
+      : map_(map),
+        grid_(grid),
+        images_(map.size(0)),
+        channels_(map.size(1)),
         rows_(map.size(2), grid.rows * grid.patch_h, grid.bilinear, false),
         columns_(map.size(3), grid.columns * grid.patch_w, grid.bilinear, false),
         rows_adjoint_(map.size(2), grid.rows * grid.patch_h, grid.bilinear, true),
@@ -141,17 +150,21 @@ class PatchedMap {
   int64_t features() const { return images_ * channels_ * grid_.pixels() / std::max<int64_t>(groups(), 1); }
   int64_t group_elements() const { return grid_.patches() * features(); }
 
-  // Groups [begin, end) into or out of `tiles` [end - begin, N, D]; spatial groups come in whole rows of pixels.
+  // Groups [begin, end) into or out of `tiles` [end - begin, N, D]; spatial groups come in whole rows of
+  // pixels.
   void read(int64_t begin, int64_t end, A* tiles) const {
-    for_planes(map_, begin, end, [&](const MapPlanes& planes, const PatchTile& t, int64_t offset, A* scratch) {
-      patch_kernels<A>().read(planes, rows_.get(), columns_.get(), t, tiles + offset, scratch);
-    });
+    for_planes(map_, begin, end,
+               [&](const MapPlanes& planes, const PatchTile& t, int64_t offset, A* scratch) {
+                 patch_kernels<A>().read(planes, rows_.get(), columns_.get(), t, tiles + offset, scratch);
+               });
   }
   void write(Tensor& gradient, int64_t begin, int64_t end, const A* tiles) const {
     const bool add = grid_.average == Average::spatial;
-    for_planes(gradient, begin, end, [&](const MapPlanes& planes, const PatchTile& t, int64_t offset, A* scratch) {
-      patch_kernels<A>().write(planes, rows_adjoint_.get(), columns_adjoint_.get(), t, tiles + offset, add, scratch);
-    });
+    for_planes(gradient, begin, end,
+               [&](const MapPlanes& planes, const PatchTile& t, int64_t offset, A* scratch) {
+                 patch_kernels<A>().write(planes, rows_adjoint_.get(), columns_adjoint_.get(), t,
+                                          tiles + offset, add, scratch);
+               });
   }
 
  private:
@@ -166,12 +179,14 @@ class PatchedMap {
     const int64_t first_image = pick(0, begin, 0), images = pick(images_, end - begin, images_);
     const int64_t first_channel = pick(begin, 0, 0), channels = pick(end - begin, channels_, channels_);
     const int64_t image_stride = pick(pixels, group, channels_), channel_stride = pick(group, pixels, 1);
-    PatchTile tile{channel_stride, grid_.columns * d, d, grid_.patch_w, 1, grid_.patch_h, grid_.patch_w, 0, grid_.patch_h};
+    PatchTile tile{channel_stride, grid_.columns * d, d, grid_.patch_w, 1,
+                   grid_.patch_h,  grid_.patch_w,     0, grid_.patch_h};
     if (spatial) {
       tile.u = grid_.patch_w * group, tile.v = group;
       tile.first_u = begin / grid_.patch_w, tile.last_u = end / grid_.patch_w;
     }
-    const int64_t together = map.stride(1) == 1 || spatial ? kPlanes : 1, tasks = (channels + together - 1) / together;
+    const int64_t together = map.stride(1) == 1 || spatial ? kPlanes : 1,
+                  tasks = (channels + together - 1) / together;
     const int64_t width = padded(std::max(map.size(3), grid_.columns * grid_.patch_w)) + 2 * kTapLanes;
     const int64_t lines = std::max(rows_.get().count, rows_adjoint_.get().count) + 2;  // patch_scratch()
     const int64_t scratch_elements = together * lines * width;
@@ -182,8 +197,8 @@ class PatchedMap {
       for (int64_t task = task_begin; task < task_end; ++task) {
         const int64_t b = task / tasks, c = task % tasks * together;
         const int64_t at = (first_image + b) * map.stride(0) + (first_channel + c) * map.stride(1);
-        const MapPlanes planes{data + at * itemsize, gram_dtype(map), std::min(together, channels - c), map.stride(1),
-                               map.stride(2), map.stride(3)};
+        const MapPlanes planes{data + at * itemsize, gram_dtype(map), std::min(together, channels - c),
+                               map.stride(1),        map.stride(2),   map.stride(3)};
         f(planes, tile, b * image_stride + c * channel_stride, scratch.data());
       }
     });
@@ -205,8 +220,10 @@ class Blocks {
  public:
   Blocks(const Tensor& x, const Tensor& y, const Grid& grid, const Flags& flags)
       : like_(x), grid_(grid), flags_(flags), x_(x, grid), y_(y, grid) {
-    KD_CHECK(x_.groups() == y_.groups(), "patch_gram: x and y have ", x_.groups(), " and ", y_.groups(), " groups");
-    const int64_t bytes = std::max<int64_t>(1, std::max(x_.group_elements(), y_.group_elements()) * sizeof(A));
+    KD_CHECK(x_.groups() == y_.groups(), "patch_gram: x and y have ", x_.groups(), " and ", y_.groups(),
+             " groups");
+    const int64_t bytes =
+        std::max<int64_t>(1, std::max(x_.group_elements(), y_.group_elements()) * sizeof(A));
     int64_t groups = std::max<int64_t>(1, kBlockBytes / bytes);
     if (groups < kBlockGroups && kBlockGroups * bytes <= kMostBlockBytes) groups = kBlockGroups;
     const int64_t unit = grid.average == Average::spatial ? grid.patch_w : 1;
@@ -216,16 +233,25 @@ class Blocks {
   int64_t groups() const { return x_.groups(); }
   const PatchedMap<A>& side(int s) const { return s ? y_ : x_; }
 
-  // f(first group, groups, views of both sides' patch matrices for the gram op)
+  // f(first group, groups, views of both sides' patch matrices for the gram op), on several threads at once
+  // where that keeps the workspaces small: then a thread never waits for another, and the parallel loops
+  // inside run on it alone.
   template <class F>
   void run(const F& f) const {
-    std::vector<A> tiles[2];
-    for (int s : {0, 1}) tiles[s].resize(block_ * side(s).group_elements());
-    for (int64_t begin = 0; begin < groups(); begin += block_) {
-      const int64_t end = std::min(begin + block_, groups());
-      for (int s : {0, 1}) side(s).read(begin, end, tiles[s].data());
-      f(begin, end - begin, view(tiles[0].data(), end - begin, 0), view(tiles[1].data(), end - begin, 1));
-    }
+    const int64_t blocks = (groups() + block_ - 1) / block_, threads = num_threads();
+    const int64_t workspace = 3 * block_ * side(0).group_elements() * static_cast<int64_t>(sizeof(A));
+    const bool apart =
+        grid_.average != Average::spatial && blocks >= 2 * threads && threads * workspace <= kWorkspaceBytes;
+    const auto run_blocks = [&](int64_t first, int64_t last) {
+      std::vector<A> tiles[2];
+      for (int s : {0, 1}) tiles[s].resize(block_ * side(s).group_elements());
+      for (int64_t b = first; b < last; ++b) {
+        const int64_t begin = b * block_, end = std::min(begin + block_, groups());
+        for (int s : {0, 1}) side(s).read(begin, end, tiles[s].data());
+        f(begin, end - begin, view(tiles[0].data(), end - begin, 0), view(tiles[1].data(), end - begin, 1));
+      }
+    };
+    apart ? parallel_for(0, blocks, 1, run_blocks) : run_blocks(0, blocks);
   }
 
  private:
@@ -248,7 +274,8 @@ class Blocks {
 
 template <class A>
 Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size) {
-  return torch::stable::new_empty(like, size, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+  return torch::stable::new_empty(like, size,
+                                  std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
 }
 
 template <class A>
@@ -256,7 +283,8 @@ A* data_of(const Tensor& t) {
   return static_cast<A*>(const_cast<void*>(t.const_data_ptr()));
 }
 
-// Copies columns [first, first + count) of a dense [rows, all] matrix into or out of a dense [rows, count] one.
+// Copies columns [first, first + count) of a dense [rows, all] matrix into or out of a dense [rows, count]
+// one.
 template <class A>
 void copy_columns(A* all, int64_t rows, int64_t columns, int64_t first, int64_t count, A* part, bool out) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -266,11 +294,13 @@ void copy_columns(A* all, int64_t rows, int64_t columns, int64_t first, int64_t 
 }
 
 template <class A>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, const Grid& grid, const Flags& flags, bool save) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, const Grid& grid,
+                                           const Flags& flags, bool save) {
   const Blocks<A> blocks(x, y, grid, flags);
   const int64_t groups = blocks.groups(), terms = flags.inter ? 2 : 1;
   Tensor products = new_empty<A>(x, {terms, 3, groups}), distance = new_empty<A>(x, {terms, groups});
   Tensor saved = new_empty<A>(x, {0});
+  std::once_flag allocated;
   blocks.run([&](int64_t first, int64_t count, const Tensor& tx, const Tensor& ty) {
     const auto [p, d, s] =
         gram_cpu(tx, ty, flags.compare, flags.centered, flags.cosine, flags.inter, flags.feature_side, save);
@@ -278,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
     copy_columns(data_of<A>(distance), terms, groups, first, count, data_of<A>(d), true);
     if (!save) return;
     const int64_t per_group = s.size(1);
-    if (first == 0) saved = new_empty<A>(x, {groups, per_group});
+    std::call_once(allocated, [&] { saved = new_empty<A>(x, {groups, per_group}); });
     std::copy(data_of<A>(s), data_of<A>(s) + count * per_group, data_of<A>(saved) + first * per_group);
   });
   return {products, distance, saved};
@@ -297,8 +327,9 @@ void backward(const Tensor& grad_products, const Tensor& grad_distance, const Te
     copy_columns(data_of<A>(gd), terms, groups, first, count, data_of<A>(d), false);
     Tensor kept = saved;
     if (per_group) kept = torch::stable::narrow(kept, 0, first, count);
-    const auto gradients = gram_backward_cpu(p, d, tx, ty, kept, flags.compare, flags.centered, flags.cosine, flags.inter,
-                                             flags.feature_side, grad_x != nullptr, grad_y != nullptr);
+    const auto gradients =
+        gram_backward_cpu(p, d, tx, ty, kept, flags.compare, flags.centered, flags.cosine, flags.inter,
+                          flags.feature_side, grad_x != nullptr, grad_y != nullptr);
     if (grad_x) blocks.side(0).write(*grad_x, first, first + count, data_of<A>(std::get<0>(gradients)));
     if (grad_y) blocks.side(1).write(*grad_y, first, first + count, data_of<A>(std::get<1>(gradients)));
   });
@@ -308,24 +339,27 @@ bool is_wide(const Tensor& x, const Tensor& y) {
   return x.scalar_type() == ScalarType::Double || y.scalar_type() == ScalarType::Double;
 }
 
-Grid grid_of(const Tensor& x, const Tensor& y, int64_t patch_h, int64_t patch_w, int64_t rows, int64_t columns,
-             bool bilinear, int64_t average) {
-  KD_CHECK(x.dim() == 4 && y.dim() == 4, "patch_gram: x and y must be maps [B, C, H, W], got ", x.dim(), " and ", y.dim(),
-           " axes");
-  KD_CHECK(patch_h > 0 && patch_w > 0 && rows > 0 && columns > 0, "patch_gram: patches and their grid must not be empty");
+Grid grid_of(const Tensor& x, const Tensor& y, int64_t patch_h, int64_t patch_w, int64_t rows,
+             int64_t columns, bool bilinear, int64_t average) {
+  KD_CHECK(x.dim() == 4 && y.dim() == 4, "patch_gram: x and y must be maps [B, C, H, W], got ", x.dim(),
+           " and ", y.dim(), " axes");
+  KD_CHECK(patch_h > 0 && patch_w > 0 && rows > 0 && columns > 0,
+           "patch_gram: patches and their grid must not be empty");
   KD_CHECK(0 <= average && average <= 2, "patch_gram: unknown average ", average);
   for (const Tensor* t : {&x, &y}) {
-    KD_CHECK(t->size(2) > 0 && t->size(3) > 0, "patch_gram: maps must not be empty, got ", t->size(2), " x ", t->size(3));
+    KD_CHECK(t->size(2) > 0 && t->size(3) > 0, "patch_gram: maps must not be empty, got ", t->size(2), " x ",
+             t->size(3));
   }
   return {patch_h, patch_w, rows, columns, bilinear, static_cast<Average>(average)};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> patch_gram_cpu(const Tensor& x, const Tensor& y, int64_t patch_h, int64_t patch_w,
-                                                  int64_t rows, int64_t columns, bool bilinear, int64_t average,
-                                                  int64_t compare, bool centered, bool cosine, bool inter,
-                                                  bool feature_side, bool transposed, bool save) {
+std::tuple<Tensor, Tensor, Tensor> patch_gram_cpu(const Tensor& x, const Tensor& y, int64_t patch_h,
+                                                  int64_t patch_w, int64_t rows, int64_t columns,
+                                                  bool bilinear, int64_t average, int64_t compare,
+                                                  bool centered, bool cosine, bool inter, bool feature_side,
+                                                  bool transposed, bool save) {
   const Grid grid = grid_of(x, y, patch_h, patch_w, rows, columns, bilinear, average);
   const Flags flags{compare, centered, cosine, inter, feature_side, transposed};
   return is_wide(x, y) ? forward<double>(x, y, grid, flags, save) : forward<float>(x, y, grid, flags, save);
@@ -333,9 +367,11 @@ std::tuple<Tensor, Tensor, Tensor> patch_gram_cpu(const Tensor& x, const Tensor&
 
 std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, const Tensor& grad_distance,
                                                    const Tensor& x, const Tensor& y, const Tensor& saved,
-                                                   int64_t patch_h, int64_t patch_w, int64_t rows, int64_t columns,
-                                                   bool bilinear, int64_t average, int64_t compare, bool centered,
-                                                   bool cosine, bool inter, bool feature_side, bool transposed, bool need_x, bool need_y) {
+                                                   int64_t patch_h, int64_t patch_w, int64_t rows,
+                                                   int64_t columns, bool bilinear, int64_t average,
+                                                   int64_t compare, bool centered, bool cosine, bool inter,
+                                                   bool feature_side, bool transposed, bool need_x,
+                                                   bool need_y) {
   const Grid grid = grid_of(x, y, patch_h, patch_w, rows, columns, bilinear, average);
   const Flags flags{compare, centered, cosine, inter, feature_side, transposed};
   const bool wide = is_wide(x, y), adds = grid.average == Average::spatial;
@@ -350,7 +386,8 @@ std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, 
     const ScalarType sum_type = wide ? ScalarType::Double : ScalarType::Float;
     // Spatial groups add to shared source rows: in the accumulation type.
     const bool apart = adds && v.scalar_type() != sum_type;
-    sums[s] = apart ? torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2), v.size(3)}, sum_type) : gradients[s];
+    sums[s] = apart ? torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2), v.size(3)}, sum_type)
+                    : gradients[s];
     if (adds) torch::stable::zero_(sums[s]);
   }
   Tensor *to_x = need_x ? &sums[0] : nullptr, *to_y = need_y ? &sums[1] : nullptr;
@@ -360,7 +397,8 @@ std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, 
     backward<float>(grad_products, grad_distance, x, y, saved, grid, flags, to_x, to_y);
   }
   for (int s : {0, 1}) {
-    if ((s ? need_y : need_x) && sums[s].data_ptr() != gradients[s].data_ptr()) torch::stable::copy_(gradients[s], sums[s]);
+    if ((s ? need_y : need_x) && sums[s].data_ptr() != gradients[s].data_ptr())
+      torch::stable::copy_(gradients[s], sums[s]);
   }
   return {gradients[0], gradients[1]};
 }

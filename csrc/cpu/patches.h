@@ -1,7 +1,7 @@
 #pragma once
 
-// What patches.cpp (tap tables, blocks, threads) and patches.simd.cpp (arithmetic, once per instruction set) share. Plain
-// data only, for the reason given in gram.h.
+// What patches.cpp (tap tables, blocks, threads) and patches.simd.cpp (arithmetic, once per instruction set)
+// share. Plain data only, for the reason given in gram.h.
 
 #include <cstdint>
 
@@ -9,8 +9,8 @@
 
 namespace kd {
 
-// A sparse linear map along one axis: out[o] = sum_k weight[k, o] * in[index[k, o]], index ascending in k and in o. Rows of
-// the tables, and lines of a plane, are padded to kLinePadding with weight 0.
+// A sparse linear map along one axis: out[o] = sum_k weight[k, o] * in[index[k, o]], index ascending in k and
+// in o. Rows of the tables, and lines of a plane, are padded to kLinePadding with weight 0.
 constexpr int64_t kTapLanes = 8, kLinePadding = 16;
 
 template <class A>
@@ -18,7 +18,8 @@ struct AxisTaps {
   int64_t in, out, padded, count;
   const int32_t* index;  // [count, padded]
   const A* weight;       // [count, padded]
-  // windows * kTapLanes inputs from first[k, o / kTapLanes] serve kTapLanes outputs; windows 0: more than two are needed.
+  // windows * kTapLanes inputs from first[k, o / kTapLanes] serve kTapLanes outputs; windows 0: more than two
+  // are needed.
   const int32_t* first;
   int windows;
 };
@@ -30,7 +31,8 @@ struct MapPlanes {
   int64_t planes, plane_stride, row_stride, column_stride;
 };
 
-// Where pixel (i * patch_h + u, j * patch_w + v) of a plane lies in the patch matrices; only u in [first_u, last_u) is there.
+// Where pixel (i * patch_h + u, j * patch_w + v) of a plane lies in the patch matrices; only u in [first_u,
+// last_u) is there.
 struct PatchTile {
   int64_t plane, i, j, u, v;  // strides
   int64_t patch_h, patch_w, first_u, last_u;
@@ -40,10 +42,11 @@ template <class A>
 struct PatchKernels {
   // Patches of resized planes. rows, columns: from the map to the resized map. scratch: per plane,
   // rows.count + 2 lines of the wider map plus 3 * kTapLanes.
-  void (*read)(const MapPlanes&, const AxisTaps<A>& rows, const AxisTaps<A>& columns, const PatchTile&, A* tile, A* scratch);
+  void (*read)(const MapPlanes&, const AxisTaps<A>& rows, const AxisTaps<A>& columns, const PatchTile&,
+               A* tile, A* scratch);
   // The adjoint; rows, columns: from the resized map to the map. add: to what is there.
-  void (*write)(const MapPlanes&, const AxisTaps<A>& rows, const AxisTaps<A>& columns, const PatchTile&, const A* tile,
-                bool add, A* scratch);
+  void (*write)(const MapPlanes&, const AxisTaps<A>& rows, const AxisTaps<A>& columns, const PatchTile&,
+                const A* tile, bool add, A* scratch);
 };
 
 }  // namespace kd

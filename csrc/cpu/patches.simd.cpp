@@ -1,9 +1,11 @@
 // Patches of linearly resized maps and the adjoint, compiled once per instruction set.
 //
-// Both directions are two sparse linear maps, columns first: a resized pixel costs 2 + 2 multiply-adds (bilinear), which is
-// little beside the N / 2 of each Gram; what counts is that a plane is read once and stays in the L2 cache.
+// Both directions are two sparse linear maps, columns first: a resized pixel costs 2 + 2 multiply-adds
+// (bilinear), which is little beside the N / 2 of each Gram; what counts is that a plane is read once and
+// stays in the L2 cache.
 
 #include "cpu/patches.h"
+
 #include "cpu/simd.h"
 
 namespace kd::KD_ISA {
@@ -75,11 +77,16 @@ void mix_lines(const Mixture<A>& m, int64_t plane, int64_t width, bool add, A* o
     case 0:
       for (int64_t c = 0; c < width && !add; ++c) out[c] = 0;
       return;
-    case 1: return mix_some<A, 1>(m, plane, width, add, out);
-    case 2: return mix_some<A, 2>(m, plane, width, add, out);
-    case 3: return mix_some<A, 3>(m, plane, width, add, out);
-    case 4: return mix_some<A, 4>(m, plane, width, add, out);
-    default: break;
+    case 1:
+      return mix_some<A, 1>(m, plane, width, add, out);
+    case 2:
+      return mix_some<A, 2>(m, plane, width, add, out);
+    case 3:
+      return mix_some<A, 3>(m, plane, width, add, out);
+    case 4:
+      return mix_some<A, 4>(m, plane, width, add, out);
+    default:
+      break;
   }
   for (int k = 0; k < m.count; ++k) {
     Mixture<A> one;
@@ -98,7 +105,8 @@ void load_rows(const MapPlanes& m, int64_t h, int64_t columns, A* lines, int64_t
   }
   for (int64_t c = 0; c < columns; ++c) {
     const T* pixel = row + c * m.column_stride;
-    for (int64_t p = 0; p < m.planes; ++p) lines[p * ld + c] = static_cast<A>(load(pixel + p * m.plane_stride));
+    for (int64_t p = 0; p < m.planes; ++p)
+      lines[p * ld + c] = static_cast<A>(load(pixel + p * m.plane_stride));
   }
 }
 
@@ -121,14 +129,19 @@ void store_rows(const MapPlanes& m, int64_t h, int64_t columns, const A* lines, 
 template <class F>
 void dispatch(Dtype dtype, const F& f) {
   switch (dtype) {
-    case Dtype::f32: return f(float{});
-    case Dtype::f64: return f(double{});
-    case Dtype::f16: return f(Half{});
-    case Dtype::bf16: return f(BFloat16{});
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::f64:
+      return f(double{});
+    case Dtype::f16:
+      return f(Half{});
+    case Dtype::bf16:
+      return f(BFloat16{});
   }
 }
 
-// out = mixture of the rows that output row o needs; line(row) makes a needed row ready and returns its first plane.
+// out = mixture of the rows that output row o needs; line(row) makes a needed row ready and returns its first
+// plane.
 template <class A, class F>
 bool mix_rows(const AxisTaps<A>& rows, int64_t o, int64_t planes, int64_t ld, const F& line, A* out) {
   bool found = false;
@@ -191,7 +204,8 @@ void load_patches(const PatchTile& t, const A* from, int64_t planes, int64_t ld,
 
 // Of the last rows that went through the column map, `rows.count` are kept: [slot, plane, ld].
 template <class A>
-void read(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& columns, const PatchTile& t, A* tile, A* scratch) {
+void read(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& columns, const PatchTile& t,
+          A* tile, A* scratch) {
   const int64_t ld_in = columns.in + kSlack, ld = columns.padded;
   A *kept = scratch, *out = kept + rows.count * m.planes * ld, *in = out + m.planes * ld;
   for (int64_t c = 0; c < m.planes * ld_in; ++c) in[c] = 0;
@@ -214,8 +228,8 @@ void read(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& column
 }
 
 template <class A>
-void write(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& columns, const PatchTile& t, const A* tile,
-           bool add, A* scratch) {
+void write(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& columns, const PatchTile& t,
+           const A* tile, bool add, A* scratch) {
   const int64_t ld_in = columns.in + kSlack, ld = columns.padded;
   A *kept = scratch, *out = kept + rows.count * m.planes * ld, *in = out + m.planes * ld;
   for (int64_t c = 0; c < m.planes * ld_in; ++c) in[c] = 0;

@@ -1,10 +1,10 @@
 """Drop-ins for the CKA losses of github.com/Klayand/PCKA (mmrazor registry): same arguments, keywords and values.
 
 All are -weight * CKA, uncentred, and do not detach the teacher. ``student_logits`` and ``teacher_logits`` (the
-published names) are feature maps [B, C, H, W]. Quirks kept on purpose: the inter term, switched on by a true ``inter_weight``,
-is multiplied by ``intra_weight``; ``with_l2_norm`` divides the rows of the Grams only; ``ce_weight`` is never used;
-``combined_KD`` adds a KL divergence over the axis of the patches, divided by the number of groups. Kept out: one patch
-crashes there, and a channel of zeros gives NaN; here their CKA is 1 and 0.
+published names) are feature maps [B, C, H, W]. Quirks kept on purpose: the inter term, switched on by a true
+``inter_weight``, is multiplied by ``intra_weight``; ``with_l2_norm`` divides the rows of the Grams only;
+``ce_weight`` is never used; ``combined_KD`` adds a KL divergence over the axis of the patches, divided by the number
+of groups. Kept out: one patch crashes there, and a channel of zeros gives NaN; here their CKA is 1 and 0.
 """
 
 from __future__ import annotations

@@ -19,11 +19,12 @@ from ..reference.gram import COMPARISONS
 from ..reference.gram import gram as reference_gram
 from ..reference.patch_gram import AVERAGES, Grid
 from ._define import define
-from .gram import SAVED_ELEMENTS, SAVED_SHARE, gram, saved_size, workspace_size
+from .gram import SAVED_ELEMENTS, gram, saved_size, workspace_size
 from .gram import _feature_side_is_cheaper as feature_side_is_cheaper
 
 # Saved Grams may take this share of the maps when they are resized: the forward then holds less than a resized copy.
 SAVED_SHARE_RESIZED = 0.6
+SAVED_SHARE = 0.05  # where they are not: beside it come the blocks of a few groups
 GPU_BLOCK_BYTES = 128 << 20
 
 SPATIAL = AVERAGES.index("spatial")
@@ -145,9 +146,8 @@ def _triton_backward(grad_products, grad_distance, x, y, saved, *arguments):
 def _join(view: Tensor, shape: torch.Size, grid: Grid, transposed: bool) -> Tensor:
     """The map [B, C, H', W'] of a view of its patches."""
     b, c = shape[:2]
-    if transposed:
-        view = view.flatten(3).flatten(1, 2).mT
-    view = view.flatten(3).flatten(1, 2)  # [G, N, D]
+    view = view.flatten(3).flatten(1, 2)
+    view = view.mT if transposed else view  # [G, N, D]
     i, j, u, v = grid.rows, grid.columns, grid.patch_h, grid.patch_w
     if grid.average == SPATIAL:
         view = view.reshape(u, v, i, j, b, c).permute(4, 5, 2, 0, 3, 1)
