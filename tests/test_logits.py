@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import needs_extension
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from logit_checks import IGNORED, SETTINGS, check, make, run
 
@@ -66,6 +66,8 @@ def test_strides(setting) -> None:
 )
 @settings(max_examples=25, deadline=None)
 def test_random_views(rows, classes, order, step, setting) -> None:
+    # Two rows correlate every column by 1 or -1: DIST's gradient there is the rounding of a difference.
+    assume(setting[0] != "dist" or rows[0] * rows[1] != 2)
     shape = (*rows, classes)
 
     def view() -> torch.Tensor:

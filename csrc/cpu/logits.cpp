@@ -25,7 +25,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kGrain =
     1 << 14;  // logits of one side below which a second thread costs more than it saves
-constexpr int64_t kDistLogits = 8192;  // of one side that DIST holds at a time: 64 KB in all
+constexpr int64_t kDistLogits = 1 << 15;  // of one side that DIST holds at a time: 256 KB of both
 constexpr double kPearsonEps = 1e-8;
 
 template <class A>
@@ -132,58 +132,59 @@ class Scratch {
   A* data_;
 };
 
-// The mean over columns of 1 - correlation, and what the backward needs, from sums over parts [parts, 5,
+// The mean over columns of 1 - correlation, and what the backward needs, from moments of parts [parts, 5,
 // width].
 template <class A>
-double column_distance(const Problem<A>& p, const double* sums, int64_t parts, const A* reference) {
+double column_distance(const Problem<A>& p, const double* moments, const std::vector<int64_t>& counts) {
   const int64_t width = p.width(), classes = p.call.classes;
-  const double share = p.share();
   double total = 0;
   for (int64_t k = 0; k < classes; ++k) {
-    double sum[kColumnSums] = {};
-    for (int64_t part = 0; part < parts; ++part) {
-      for (int j = 0; j < kColumnSums; ++j) sum[j] += sums[(part * kColumnSums + j) * width + k];
+    double m[kColumnMoments] = {}, count = 0;
+    for (size_t part = 0; part < counts.size(); ++part) {
+      if (!counts[part]) continue;
+      const double* from = moments + static_cast<int64_t>(part) * kColumnMoments * width + k;
+      const double more = static_cast<double>(counts[part]), step = more / (count + more);
+      const double ds = from[kMeanS * width] - m[kMeanS], dt = from[kMeanT * width] - m[kMeanT];
+      m[kMeanS] += ds * step, m[kMeanT] += dt * step;
+      m[kMomentSS] += from[kMomentSS * width] + ds * ds * count * step;
+      m[kMomentTT] += from[kMomentTT * width] + dt * dt * count * step;
+      m[kMomentST] += from[kMomentST * width] + ds * dt * count * step;
+      count += more;
     }
-    const double mean_s = sum[kSumS] * share, mean_t = sum[kSumT] * share;
-    const double norm_s = std::sqrt(std::max(0.0, sum[kSumSS] - sum[kSumS] * mean_s));
-    const double norm_t = std::sqrt(std::max(0.0, sum[kSumTT] - sum[kSumT] * mean_t));
-    const double product = sum[kSumST] - sum[kSumS] * mean_t;
-    total += std::max(0.0, 1 - product / (norm_s * norm_t + kPearsonEps));
+    const double norm_s = std::sqrt(m[kMomentSS]), norm_t = std::sqrt(m[kMomentTT]);
+    const double distance = 1 - m[kMomentST] / (norm_s * norm_t + kPearsonEps);
+    total += distance < 0 ? 0 : distance;
     A* to = p.columns() + k;
-    to[kMeanS * classes] = static_cast<A>(reference[k] + mean_s);
-    to[kMeanT * classes] = static_cast<A>(reference[width + k] + mean_t);
+    to[kMeanS * classes] = static_cast<A>(m[kMeanS]);
+    to[kMeanT * classes] = static_cast<A>(m[kMeanT]);
     to[kNormS * classes] = static_cast<A>(norm_s);
     to[kNormT * classes] = static_cast<A>(norm_t);
-    to[kProductST * classes] = static_cast<A>(product);
+    to[kProductST * classes] = static_cast<A>(m[kMomentST]);
   }
   return total / static_cast<double>(classes);
 }
 
-// Adds the rows' terms to values; returns beta times the columns' term.
+// Fills values with the rows' terms; returns beta times the columns' term.
 template <class A>
 double dist(const Problem<A>& p, double* values) {
   const LogitsCall<A>& call = p.call;
   if (!p.counted) return 0;
-  const int64_t width = p.width();
-  int64_t first = 0;
-  while (call.labels && call.labels[first] == call.ignore_index) ++first;
-  Scratch<A> reference(2 * width);
-  kernels<A>().probabilities(call, first, reference.get());
+  const int64_t width = p.width(), size = kColumnMoments * width;
   // The split is fixed by the shape, so that sums do not depend on the number of threads.
   const int64_t parts = std::clamp<int64_t>(call.rows / 32, 1, 16);
   const int64_t held = std::clamp<int64_t>(kDistLogits / width, 1, 32);
-  std::vector<double> sums(parts * kColumnSums * width, 0.0);
-  const auto work = [&](int64_t begin, int64_t end) {
+  std::vector<double> moments(parts * size, 0.0);
+  std::vector<int64_t> counts(parts);
+  const int64_t grain = kGrain * parts / std::max<int64_t>(1, call.rows * call.classes);
+  parallel_for(0, parts, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
     Scratch<A> scratch(2 * held * width);
     for (int64_t part = begin; part < end; ++part) {
-      kernels<A>().dist_forward(call, part * call.rows / parts, (part + 1) * call.rows / parts,
-                                reference.get(), held, scratch.get(),
-                                sums.data() + part * kColumnSums * width, values);
+      const int64_t first = part * call.rows / parts, last = (part + 1) * call.rows / parts;
+      counts[part] = kernels<A>().dist_forward(call, first, last, held, scratch.get(),
+                                               moments.data() + part * size, values);
     }
-  };
-  parallel_for(0, parts,
-               std::max<int64_t>(1, kGrain * parts / std::max<int64_t>(1, call.rows * call.classes)), work);
-  return call.beta * column_distance(p, sums.data(), parts, reference.get());
+  });
+  return call.beta * column_distance(p, moments.data(), counts);
 }
 
 template <class A>

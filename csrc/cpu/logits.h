@@ -57,21 +57,19 @@ struct LogitsGradient {
   bool teacher;  // whose gradient
 };
 
-// DIST's sums over rows, of probabilities minus those of a reference row: [5, K] each.
-enum ColumnSums : int { kSumS, kSumT, kSumSS, kSumTT, kSumST, kColumnSums };
-// What the forward saves of them.
-enum SavedColumns : int { kMeanS, kMeanT, kNormS, kNormT, kProductST };
+// DIST's columns, [5, K]: means, then while rows are joined second moments, saved as norms and a product.
+enum ColumnMoments : int { kMeanS, kMeanT, kMomentSS, kMomentTT, kMomentST, kColumnMoments };
+enum SavedColumns : int { kNormS = 2, kNormT, kProductST };
 
 template <class A>
 struct LogitsKernels {
   // Rows [begin, end): fills saved and values (the row's part of the sum, 0 where ignored).
   void (*forward)(const LogitsCall<A>&, int64_t begin, int64_t end, double* values);
   void (*backward)(const LogitsCall<A>&, const LogitsGradient<A>&, int64_t begin, int64_t end);
-  // DIST. Row `row`'s probabilities of both sides, [2, K].
-  void (*probabilities)(const LogitsCall<A>&, int64_t row, A* out);
-  // Adds the rows to sums [5, K], fills saved, values; reference [2, K]; scratch [2, dist_rows, K].
-  void (*dist_forward)(const LogitsCall<A>&, int64_t begin, int64_t end, const A* reference,
-                       int64_t dist_rows, A* scratch, double* sums, double* values);
+  // DIST. Joins the rows' columns to moments [5, K], fills saved, values; returns how many count; scratch
+  // [2, dist_rows, K].
+  int64_t (*dist_forward)(const LogitsCall<A>&, int64_t begin, int64_t end, int64_t dist_rows, A* scratch,
+                          double* moments, double* values);
   // columns [4, K]: factors of the other's deviation from its mean and of the own, means of own and other;
   // scratch [2, K].
   void (*dist_backward)(const LogitsCall<A>&, const LogitsGradient<A>&, int64_t begin, int64_t end,

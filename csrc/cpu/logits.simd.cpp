@@ -226,7 +226,6 @@ template <class A>
 constexpr LogitsKernels<A> table() {
   return {.forward = forward<A>,
           .backward = backward<A>,
-          .probabilities = probabilities<A>,
           .dist_forward = dist_forward<A>,
           .dist_backward = dist_backward<A>,
           .lanes = kLanes<A>};

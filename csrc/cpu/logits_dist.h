@@ -63,23 +63,48 @@ void saved_softmax_row(const LogitsMatrix& m, int64_t row, int64_t classes, doub
   pad_with_mean(out, classes);
 }
 
-template <class A>
-void probabilities(const LogitsCall<A>& call, int64_t row, A* out) {
-  A max, inverse;
-  const double c = kLog2E / call.temperature;
-  softmax_row(call.student, row, call.classes, c, out, max, inverse);
-  softmax_row(call.teacher, row, call.classes, c, out + padded<A>(call.classes), max, inverse);
-}
-
 constexpr double kPearsonEps = 1e-8;  // the published denominator's
 
+// Columns of `held` rows joined to those of `count` rows before, moments [5, K] about their means (Chan et
+// al.): no digits are lost, wherever the means lie.
 template <class A>
-void dist_forward(const LogitsCall<A>& call, int64_t begin, int64_t end, const A* reference,
-                  int64_t dist_rows, A* scratch, double* sums, double* values) {
+void join_columns(const A* ps, const A* pt, int64_t width, int64_t held, int64_t count, double* moments) {
+  const A share = A(1) / static_cast<A>(held);
+  const double total = static_cast<double>(count + held), step = static_cast<double>(held) / total;
+  const double cross = static_cast<double>(count) * step;
+  for (int64_t k = 0; k < width; k += kLanes<A>) {
+    const Vec<A> first_s = load_vec(ps + k), first_t = load_vec(pt + k);
+    Vec<A> mean_s = {}, mean_t = {}, ss = {}, tt = {}, st = {};
+    for (int64_t i = 1; i < held; ++i) {
+      mean_s += load_vec(ps + i * width + k) - first_s;
+      mean_t += load_vec(pt + i * width + k) - first_t;
+    }
+    mean_s = first_s + mean_s * share;  // equal rows have this very mean
+    mean_t = first_t + mean_t * share;
+    for (int64_t i = 0; i < held; ++i) {
+      const Vec<A> s = load_vec(ps + i * width + k) - mean_s, t = load_vec(pt + i * width + k) - mean_t;
+      ss += s * s, tt += t * t, st += s * t;
+    }
+    for (int lane = 0; lane < kLanes<A>; ++lane) {
+      double* to = moments + k + lane;
+      const double ds = static_cast<double>(mean_s[lane]) - to[kMeanS * width];
+      const double dt = static_cast<double>(mean_t[lane]) - to[kMeanT * width];
+      to[kMeanS * width] += ds * step, to[kMeanT * width] += dt * step;
+      to[kMomentSS * width] += static_cast<double>(ss[lane]) + ds * ds * cross;
+      to[kMomentTT * width] += static_cast<double>(tt[lane]) + dt * dt * cross;
+      to[kMomentST * width] += static_cast<double>(st[lane]) + ds * dt * cross;
+    }
+  }
+}
+
+template <class A>
+int64_t dist_forward(const LogitsCall<A>& call, int64_t begin, int64_t end, int64_t dist_rows, A* scratch,
+                     double* moments, double* values) {
   const int64_t width = padded<A>(call.classes);
   const double c = kLog2E / call.temperature;
   const A mean = A(1) / static_cast<A>(call.classes);
   A *const ps = scratch, *const pt = scratch + dist_rows * width;
+  int64_t count = 0;
   for (int64_t row = begin; row < end;) {
     int64_t held = 0;
     for (; row < end && held < dist_rows; ++row) {
@@ -99,20 +124,10 @@ void dist_forward(const LogitsCall<A>& call, int64_t begin, int64_t end, const A
       saved[kProduct] = static_cast<A>(st);
       values[row] = call.alpha * (distance < 0 ? 0 : distance);
     }
-    for (int64_t k = 0; k < width; k += kLanes<A>) {
-      const Vec<A> first_s = load_vec(reference + k), first_t = load_vec(reference + width + k);
-      Vec<A> sum[kColumnSums] = {};
-      for (int64_t i = 0; i < held; ++i) {
-        const Vec<A> s = load_vec(ps + i * width + k) - first_s, t = load_vec(pt + i * width + k) - first_t;
-        sum[kSumS] += s, sum[kSumT] += t;
-        sum[kSumSS] += s * s, sum[kSumTT] += t * t, sum[kSumST] += s * t;
-      }
-      for (int j = 0; j < kColumnSums; ++j) {
-        for (int lane = 0; lane < kLanes<A>; ++lane)
-          sums[j * width + k + lane] += static_cast<double>(sum[j][lane]);
-      }
-    }
+    if (held) join_columns(ps, pt, width, held, count, moments);
+    count += held;
   }
+  return count;
 }
 
 // columns [4, K]: factors of the other's deviation and of the own, means of own and other. scratch [2, K].

@@ -251,9 +251,11 @@ def _rows(v: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
 
 
 def _block(classes: int, most: int, wide: bool) -> dict[str, int]:
-    most = most // 4 if wide else most  # float64 takes twice the registers, and its exponentials more
+    most, share = (
+        (most // 4, 64) if wide else (most, 256)
+    )  # of a warp: float64's exponentials take many registers
     block = min(most, max(16, triton.next_power_of_2(classes)))
-    return {"BLOCK": block, **options(max(1, min(8, block // 256)))}
+    return {"BLOCK": block, **options(max(1, min(8, block // share)))}
 
 
 class _Call:
