@@ -1,8 +1,10 @@
-// The passes of the op attention_mask over its maps. Where rows lie apart, each works on blocks of kRows rows, so that what
-// belongs to a column is loaded and stored once per block, and the sums over rows are short trees. Bytes per element (e: its size): pool e,
-// errors 2e, gradient 3e; some 5 to 15 operations, so that memory is the limit.
+// The passes of the op attention_mask over its maps. Where rows lie apart, each works on blocks of kRows
+// rows, so that what belongs to a column is loaded and stored once per block, and the sums over rows are
+// short trees. Bytes per element (e: its size): pool e, errors 2e, gradient 3e; some 5 to 15 operations, so
+// that memory is the limit.
 
 #include "cpu/attention_mask.h"
+
 #include "cpu/simd.h"
 
 namespace kd::KD_ISA {
@@ -98,7 +100,8 @@ inline void for_columns(int64_t columns, const F& f) {
   if (j < columns) f(j, columns - j);
 }
 
-// Rows that follow one another within a page are read one by one: several streams in a page defeat the prefetcher.
+// Rows that follow one another within a page are read one by one: several streams in a page defeat the
+// prefetcher.
 template <class F>
 inline void for_row_blocks(int64_t rows, int64_t row_bytes, const F& f) {
   int64_t r = 0;
@@ -116,8 +119,8 @@ inline Vec<A> tree_sum(const Vec<A>* v) {
 }
 
 template <class T, class A, bool kSigned>
-void pool_map(const T* x, int64_t stride, int64_t rows, int64_t columns, A* rows_abs, A* columns_abs, A* rows_signed,
-              A* columns_signed) {
+void pool_map(const T* x, int64_t stride, int64_t rows, int64_t columns, A* rows_abs, A* columns_abs,
+              A* rows_signed, A* columns_signed) {
   for_row_blocks(rows, stride * static_cast<int64_t>(sizeof(T)), [&]<int R>(int64_t r) {
     const T* const block = x + r * stride;
     Vec<A> sum_abs[R] = {}, sum_signed[R] = {};
@@ -152,13 +155,15 @@ void errors_of(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64
       const Vec<A> weight = load_vec(column_weights + j);
       Vec<A> weighted[R];
       for (int i = 0; i < R; ++i) {
-        const Vec<A> d = load_columns<T, A>(xs + i * x_stride + j, left) - load_columns<T, A>(ys + i * y_stride + j, left);
+        const Vec<A> d =
+            load_columns<T, A>(xs + i * x_stride + j, left) - load_columns<T, A>(ys + i * y_stride + j, left);
         fetch(xs + (i + 3 * R) * x_stride + j), fetch(ys + (i + 3 * R) * y_stride + j);
         const Vec<A> square = d * d;
         sums[i] += weight * square;
         if constexpr (kColumns) weighted[i] = row_weights[r + i] * square;
       }
-      if constexpr (kColumns) store_vec(column_errors + j, load_vec(column_errors + j) + tree_sum<A, R>(weighted));
+      if constexpr (kColumns)
+        store_vec(column_errors + j, load_vec(column_errors + j) + tree_sum<A, R>(weighted));
     });
     store_lane_sums<A, R>(sums, row_errors + r);
   });
@@ -181,7 +186,8 @@ void gradient_of(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int
         const Vec<A> v = load_columns<T, A>(xs + i * x_stride + j, left);
         fetch(xs + (i + 3 * R) * x_stride + j), fetch(ys + (i + 3 * R) * y_stride + j);
         const Vec<A> d = v - load_columns<T, A>(ys + i * y_stride + j, left);
-        const Vec<A> g = times_sign<A>(v, sign + terms[0][i]) + (plain + terms[1][i]) + weight * terms[2][i] * d;
+        const Vec<A> g =
+            times_sign<A>(v, sign + terms[0][i]) + (plain + terms[1][i]) + weight * terms[2][i] * d;
         store_columns<T, A>(to + i * out_stride + j, g, left);
       }
     });
@@ -200,7 +206,8 @@ inline Vec<float> exponential(const Vec<float>& given) {
   const Vec<float> x = given > low ? given : low;
   const Vec<float> shift = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> n = (x * 1.44269504f + shift) - shift;
-  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first exact in n * it
+  const Vec<float> r =
+      (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first exact in n * it
   Vec<float> p = spread(1.0f / 5040);
   constexpr float taylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
   for (const float coefficient : taylor) p = p * r + coefficient;
@@ -242,11 +249,12 @@ inline void typed(MapDtype dtype, const void* data, const F& f) {
 }
 
 template <class A>
-void pool(MapDtype dtype, MapTile x, int64_t rows, int64_t columns, A* rows_abs, A* columns_abs, A* rows_signed,
-          A* columns_signed) {
+void pool(MapDtype dtype, MapTile x, int64_t rows, int64_t columns, A* rows_abs, A* columns_abs,
+          A* rows_signed, A* columns_signed) {
   typed<A>(dtype, x.data, [&]<class T>(const T* data) {
     if (rows_signed) {
-      pool_map<T, A, true>(data, x.row_stride, rows, columns, rows_abs, columns_abs, rows_signed, columns_signed);
+      pool_map<T, A, true>(data, x.row_stride, rows, columns, rows_abs, columns_abs, rows_signed,
+                           columns_signed);
     } else {
       pool_map<T, A, false>(data, x.row_stride, rows, columns, rows_abs, columns_abs, nullptr, nullptr);
     }
@@ -259,13 +267,14 @@ void errors(MapDtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns,
   typed<A>(dtype, x.data, [&]<class T>(const T* xs) {
     const T* const ys = static_cast<const T*>(y.data);
     const auto run = column_errors ? errors_of<T, A, true> : errors_of<T, A, false>;
-    run(xs, x.row_stride, ys, y.row_stride, rows, columns, row_weights, column_weights, row_errors, column_errors);
+    run(xs, x.row_stride, ys, y.row_stride, rows, columns, row_weights, column_weights, row_errors,
+        column_errors);
   });
 }
 
 template <class A>
-void gradient(MapDtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* const row_terms[3],
-              const A* const column_terms[3], void* out, int64_t out_stride) {
+void gradient(MapDtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns,
+              const A* const row_terms[3], const A* const column_terms[3], void* out, int64_t out_stride) {
   typed<A>(dtype, x.data, [&]<class T>(const T* xs) {
     gradient_of<T, A>(xs, x.row_stride, static_cast<const T*>(y.data), y.row_stride, rows, columns, row_terms,
                       column_terms, static_cast<T*>(out), out_stride);
@@ -277,6 +286,7 @@ void gradient(MapDtype dtype, MapTile x, MapTile y, int64_t rows, int64_t column
 extern const AttentionKernels<float> attention_float;
 extern const AttentionKernels<double> attention_double;
 const AttentionKernels<float> attention_float = {pool<float>, errors<float>, gradient<float>, softmax<float>};
-const AttentionKernels<double> attention_double = {pool<double>, errors<double>, gradient<double>, softmax<double>};
+const AttentionKernels<double> attention_double = {pool<double>, errors<double>, gradient<double>,
+                                                   softmax<double>};
 
 }  // namespace kd::KD_ISA

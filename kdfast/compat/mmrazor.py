@@ -14,10 +14,21 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, kl_div, log_softmax
 
 from ..losses._common import check_pair
-from ..losses._patches import grid_of
+from ..losses._patches import grid_of, view
 from ..losses.gram import LogitCKALoss
 from ..losses.pcka import PCKALoss
-from ..reference.patch_gram import view
+from ._dist import DISTLoss
+from ._fbkd import FBKDLoss
+
+__all__ = [
+    "CKA_Yolo",
+    "CenterKernelAlignmentRKD",
+    "CenterKernelAlignmentRKD_batch",
+    "CenterKernelAlignmentRKD_hw",
+    "CenterKernelAlignmentSeg",
+    "DISTLoss",
+    "FBKDLoss",
+]
 
 
 class _Published(nn.Module):
