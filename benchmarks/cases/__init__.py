@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import gram
+from . import attention, gram
 
-FAMILIES = {"gram": gram}
+FAMILIES = {"attention": attention, "gram": gram}
 
 
 def select(ops: list[str] | None = None, substring: str = "") -> list[Case]:
