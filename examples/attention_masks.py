@@ -1,14 +1,16 @@
-"""Draw where teacher and student attend in a photograph: the spatial mask of attention-guided distillation at three temperatures.
+"""Draw where teacher and student attend in a photograph: spatial masks at three temperatures.
 
     python examples/attention_masks.py --out report
 
 Two networks, a wide teacher and a narrow student, first learn to remove noise from the detail of scikit-learn's two
-photographs (half a minute); the masks are those of their feature maps at stride 8. Needs scikit-learn, matplotlib and tqdm.
+photographs (half a minute); the masks are those of their feature maps at stride 8. Needs scikit-learn, matplotlib
+and tqdm.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -24,7 +26,10 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
 
 TEMPERATURES = (0.1, 0.5, 1.0)
-MODES = {"mean_of_softmax": "mean of two softmaxes\n(published code)", "softmax_of_sum": "softmax of the sum\n(Eq. 2)"}
+MODES = {
+    "mean_of_softmax": "mean of two softmaxes\n(published code)",
+    "softmax_of_sum": "softmax of the sum\n(Eq. 2)",
+}
 CHANNELS, STRIDE, CROP = 64, 8, 96
 
 
@@ -37,7 +42,7 @@ class Denoiser(nn.Module):
         self.encoder = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU())
-                for a, b in zip(widths, widths[1:], strict=False)
+                for a, b in pairwise(widths)
             )
         )
         self.decoder = nn.Sequential(nn.Conv2d(CHANNELS, 3 * STRIDE**2, 1), nn.PixelShuffle(STRIDE))
@@ -93,12 +98,16 @@ def draw(image: Tensor, student: Tensor, teacher: Tensor, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the figure (%(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="training steps of each network (%(default)s)")
     options = parser.parse_args()
     images = photographs()
-    teacher, student = (train(width, detail(images), options.steps, name) for width, name in ((32, "teacher"), (8, "student")))
+    teacher, student = (
+        train(width, detail(images), options.steps, name) for width, name in ((32, "teacher"), (8, "student"))
+    )
     with torch.no_grad():
         maps = [net.encoder(detail(images[:1])) for net in (student, teacher)]
     options.out.mkdir(parents=True, exist_ok=True)

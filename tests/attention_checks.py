@@ -20,8 +20,9 @@ layouts = {
     "channels_last": lambda v: v.contiguous(memory_format=torch.channels_last),
     "transposed": lambda v: v.transpose(2, 3).contiguous().transpose(2, 3),
     "channel slice": lambda v: torch.cat([v, v + 1], 1)[:, : v.shape[1]],
-    "channels_last slice": lambda v: torch.cat([v, v + 1], 1)
-    .contiguous(memory_format=torch.channels_last)[:, : v.shape[1]],
+    "channels_last slice": lambda v: torch.cat([v, v + 1], 1).contiguous(memory_format=torch.channels_last)[
+        :, : v.shape[1]
+    ],
     "pixel slice": lambda v: torch.nn.functional.pad(v, (1, 2, 1, 1), value=9.0)[:, :, 1:-1, 1:-2],
     "step": lambda v: v.repeat_interleave(2, 3)[..., ::2],
     "expanded images": lambda v: v[:1].expand_as(v),
@@ -57,10 +58,14 @@ def compare(found: dict, expected: dict, truth: dict, floor: float) -> None:
         assert f.dtype == e.dtype and f.shape == e.shape, name
         size = max(t.abs().max().item(), 1e-3)
         error, allowed = (f.double() - t).abs().max().item(), 2 * (e.double() - t).abs().max().item()
-        assert error <= allowed + floor * size, f"{name}: error {error:.3g}, allowed {allowed:.3g}, of {size:.3g}"
+        assert error <= allowed + floor * size, (
+            f"{name}: error {error:.3g}, allowed {allowed:.3g}, of {size:.3g}"
+        )
 
 
-def check(backend: str, student: Tensor, teacher: Tensor, adapted: Tensor, *, floor: float = 3e-6, **settings) -> None:
+def check(
+    backend: str, student: Tensor, teacher: Tensor, adapted: Tensor, *, floor: float = 3e-6, **settings
+) -> None:
     """With and without an adapted map: all outputs and gradients against the reference in float64.
 
     What a backend does not write is NaN.

@@ -68,7 +68,9 @@ def test_paper_presets(name):
     found = AttentionGuidedLoss.preset(name)(s, t)
     spatial, channel = attention_masks(s, t, temperature=p["temperature"])
     masked = (spatial * channel * (s - t) ** 2).sum().sqrt()
-    transfer = torch.dist(s.abs().mean(1), t.abs().mean(1)) + torch.dist(s.abs().mean((2, 3)), t.abs().mean((2, 3)))
+    transfer = torch.dist(s.abs().mean(1), t.abs().mean(1)) + torch.dist(
+        s.abs().mean((2, 3)), t.abs().mean((2, 3))
+    )
     torch.testing.assert_close(found.double(), p["transfer_weight"] * transfer + p["masked_weight"] * masked)
 
 
@@ -93,7 +95,9 @@ def test_masks(mode, temperature):
 
 def test_modes_differ_at_small_temperature():
     s, t = maps(1, 8, 9, 9)
-    mean, product = (attention_masks(s, t, temperature=0.05, mode=m)[0] for m in ("mean_of_softmax", "softmax_of_sum"))
+    mean, product = (
+        attention_masks(s, t, temperature=0.05, mode=m)[0] for m in ("mean_of_softmax", "softmax_of_sum")
+    )
     assert (mean - product).abs().max() > 1
 
 
@@ -119,7 +123,9 @@ def test_student_of_another_width(channels_last):
 
 def test_channels_of_levels():
     def widths(channels):
-        return [(a.channel.in_features, a.channel.out_features) for a in AttentionGuidedLoss(channels).adaptation]
+        return [
+            (a.channel.in_features, a.channel.out_features) for a in AttentionGuidedLoss(channels).adaptation
+        ]
 
     assert widths(8) == [(8, 8)]
     assert widths((4, 8)) == [(4, 8)]
@@ -217,7 +223,11 @@ def test_fbkd_is_the_two_stage_preset():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda s, t: AttentionGuidedLoss()(s, t[:, :3]), ValueError, "equally many channels unless channels="),
+        (
+            lambda s, t: AttentionGuidedLoss()(s, t[:, :3]),
+            ValueError,
+            "equally many channels unless channels=",
+        ),
         (lambda s, t: AttentionGuidedLoss()(s, t[..., 1:]), ValueError, r"one size H x W.*\[2, 5, 4, 5\]"),
         (lambda s, t: AttentionGuidedLoss()(s, t[:1]), ValueError, "equally many samples"),
         (lambda s, t: AttentionGuidedLoss()(s[0], t[0]), ValueError, "one size H x W"),

@@ -7,9 +7,9 @@
 
 namespace kd {
 
-// Asks for huge pages under a new tensor, before its first write. From 32 MB on, malloc maps every block anew, and a
-// page fault for each 4 KB costs more than writing them. Only whole huge pages inside the block are asked for, so that
-// no more memory is used; where the system refuses, nothing changes.
+// Asks for huge pages under a new tensor, before its first write. From 32 MB on, malloc maps every block
+// anew, and a page fault for each 4 KB costs more than writing them. Only whole huge pages inside the block
+// are asked for, so that no more memory is used; where the system refuses, nothing changes.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20;

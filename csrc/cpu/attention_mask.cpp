@@ -1,9 +1,12 @@
 // Op attention_mask on the CPU: layouts, threads and masks. Formulas: kdfast/reference/attention_mask.py.
 //
-// A map is cut into (image, chunk of pixels). A chunk's sums over channels stay in the L1 cache and are final; its sums
-// over pixels, C numbers, are added up over the chunks in order. Chunks depend on the shape alone, so results do not
-// depend on the number of threads. Maps are read in place when they are NCHW (planar) or channels_last with any stride
-// between images and between channels or pixels; others are copied first.
+// A map is cut into (image, chunk of pixels). A chunk's sums over channels stay in the L1 cache and are
+// final; its sums over pixels, C numbers, are added up over the chunks in order. Chunks depend on the shape
+// alone, so results do not depend on the number of threads. Maps are read in place when they are NCHW
+// (planar) or channels_last with any stride between images and between channels or pixels; others are copied
+// first.
+
+#include "cpu/attention_mask.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -17,7 +20,6 @@
 #include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "cpu/attention_mask.h"
 #include "cpu/attention_mask_ops.h"
 
 namespace kd {
@@ -28,6 +30,8 @@ KD_DECLARE_ISA(extern const AttentionKernels<float> attention_float;
 namespace {
 
 constexpr int64_t kChunk = 1024;  // pixels at most
+constexpr int64_t kSteps =
+    64;  // pixels whose channels_last rows are added one after another: more lose digits
 
 template <class A>
 const AttentionKernels<A>& kernels() {
@@ -65,8 +69,8 @@ void check_map(const Tensor& x, const char* name) {
 void check_same(const Tensor& x, const Tensor& y, const char* names) {
   KD_CHECK(x.scalar_type() == y.scalar_type(), "attention_mask: ", names, " must have one dtype");
   for (int a = 0; a < 4; ++a) {
-    KD_CHECK(x.size(a) == y.size(a), "attention_mask: ", names, " must have one shape, axis ", a, " has ", x.size(a),
-             " and ", y.size(a));
+    KD_CHECK(x.size(a) == y.size(a), "attention_mask: ", names, " must have one shape, axis ", a, " has ",
+             x.size(a), " and ", y.size(a));
   }
 }
 
@@ -98,7 +102,8 @@ struct Shape {
 
 class Map {
  public:
-  // Copies x where it does not fit the layout; `planar` of the shape decides, whichever map it was taken from.
+  // Copies x where it does not fit the layout; `planar` of the shape decides, whichever map it was taken
+  // from.
   Map(const Tensor& x, const Shape& shape) : tensor_(fitting(x, shape.planar)), planar_(shape.planar) {
     data_ = static_cast<char*>(tensor_.data_ptr());
     size_ = is_wide(x) ? 8 : x.scalar_type() == ScalarType::Float ? 4 : 2;
@@ -123,7 +128,8 @@ class Map {
   int64_t size_, image_, pixel_, row_;
 };
 
-// One chunk of an image: arrays over its channels and over its pixels, as the rows and columns that kernels take.
+// One chunk of an image: arrays over its channels and over its pixels, as the rows and columns that kernels
+// take.
 struct Chunk {
   int64_t image, first, count;
 };
@@ -150,10 +156,11 @@ void add_chunks(const Shape& s, int64_t maps, const std::vector<A>& parts, doubl
   }
 }
 
-// Means over channels, spatial [kinds, maps, B, P], and over pixels, channel [kinds, maps, B, C], of |x| (and of x).
+// Means over channels, spatial [kinds, maps, B, P], and over pixels, channel [kinds, maps, B, C], of |x| (and
+// of x).
 template <class A>
-void pool_maps(const Shape& s, MapDtype dtype, const std::vector<const Map*>& maps, bool with_signed, A* spatial,
-               A* channel) {
+void pool_maps(const Shape& s, MapDtype dtype, const std::vector<const Map*>& maps, bool with_signed,
+               A* spatial, A* channel) {
   const int64_t count = static_cast<int64_t>(maps.size()), kinds = 1 + with_signed, tasks = count * s.tasks();
   std::vector<A> parts[2];
   for (int64_t k = 0; k < kinds; ++k) parts[k].resize(tasks * s.channels);
@@ -163,16 +170,22 @@ void pool_maps(const Shape& s, MapDtype dtype, const std::vector<const Map*>& ma
     for (int64_t task = begin; task < end; ++task) {
       const int64_t m = task / s.tasks();
       const Chunk c = chunk_of(s, task % s.tasks());
-      std::fill(columns.begin(), columns.end(), A(0));
-      kernels<A>().pool(dtype, maps[m]->tile(c.image, c.first), s.planar ? s.channels : c.count,
-                        s.planar ? c.count : s.channels, rows.data(), columns.data(),
-                        with_signed ? rows.data() + width : nullptr, columns.data() + width);
-      for (int64_t k = 0; k < kinds; ++k) {
-        const A *over_rows = rows.data() + k * width, *over_columns = columns.data() + k * width;
-        const A *pixels = s.planar ? over_columns : over_rows, *channels = s.planar ? over_rows : over_columns;
-        A* to = spatial + ((k * count + m) * s.batch + c.image) * s.pixels + c.first;
-        for (int64_t i = 0; i < c.count; ++i) to[i] = pixels[i] / static_cast<A>(s.channels);
-        std::copy_n(channels, s.channels, parts[k].data() + task * s.channels);
+      const int64_t step = s.planar ? c.count : kSteps;
+      for (int64_t at = 0; at < c.count; at += step) {
+        const int64_t pixel_count = std::min(step, c.count - at), pixel = c.first + at;
+        std::fill(columns.begin(), columns.end(), A(0));
+        kernels<A>().pool(dtype, maps[m]->tile(c.image, pixel), s.planar ? s.channels : pixel_count,
+                          s.planar ? pixel_count : s.channels, rows.data(), columns.data(),
+                          with_signed ? rows.data() + width : nullptr, columns.data() + width);
+        for (int64_t k = 0; k < kinds; ++k) {
+          const A *over_rows = rows.data() + k * width, *over_columns = columns.data() + k * width;
+          const A *pixels = s.planar ? over_columns : over_rows,
+                  *channels = s.planar ? over_rows : over_columns;
+          A *to = spatial + ((k * count + m) * s.batch + c.image) * s.pixels + pixel,
+            *part = parts[k].data() + task * s.channels;
+          for (int64_t i = 0; i < pixel_count; ++i) to[i] = pixels[i] / static_cast<A>(s.channels);
+          for (int64_t i = 0; i < s.channels; ++i) part[i] += channels[i];
+        }
       }
     }
   });
@@ -182,25 +195,8 @@ void pool_maps(const Shape& s, MapDtype dtype, const std::vector<const Map*>& ma
   }
 }
 
-// out [count]: the mask of two attention maps
-template <class A>
-void mask_of(const A* student, const A* teacher, int64_t count, double temperature, bool softmax_of_sum, A* out) {
-  const auto scale = static_cast<A>(1 / temperature), size = static_cast<A>(count);
-  if (softmax_of_sum) {
-    for (int64_t i = 0; i < count; ++i) out[i] = student[i] + teacher[i];
-    kernels<A>().softmax(out, count, scale);
-    for (int64_t i = 0; i < count; ++i) out[i] *= size;
-    return;
-  }
-  std::vector<A> other(teacher, teacher + count);
-  std::copy_n(student, count, out);
-  kernels<A>().softmax(out, count, scale);
-  kernels<A>().softmax(other.data(), count, scale);
-  for (int64_t i = 0; i < count; ++i) out[i] = size / 2 * (out[i] + other[i]);
-}
-
-// Sum of spatial_mask * channel_mask * (x - y)^2. With pointers to them also, per pixel and per channel, the sums that a
-// mask multiplies.
+// Sum of spatial_mask * channel_mask * (x - y)^2. With pointers to them also, per pixel and per channel, the
+// sums that a mask multiplies.
 template <class A>
 double masked_error(const Shape& s, MapDtype dtype, const Map& x, const Map& y, const A* spatial_mask,
                     const A* channel_mask, A* spatial_error, A* channel_error) {
@@ -214,7 +210,8 @@ double masked_error(const Shape& s, MapDtype dtype, const Map& x, const Map& y, 
       const A *pixel_weights = spatial_mask + c.image * s.pixels + c.first,
               *channel_weights = channel_mask + c.image * s.channels;
       const A* row_weights = s.planar ? channel_weights : pixel_weights;
-      const int64_t row_count = s.planar ? s.channels : c.count, column_count = s.planar ? c.count : s.channels;
+      const int64_t row_count = s.planar ? s.channels : c.count,
+                    column_count = s.planar ? c.count : s.channels;
       std::fill(weights.begin(), weights.end(), A(0));
       std::copy_n(s.planar ? pixel_weights : channel_weights, column_count, weights.data());
       if (spatial_error) std::fill(columns.begin(), columns.end(), A(0));
@@ -236,11 +233,14 @@ double masked_error(const Shape& s, MapDtype dtype, const Map& x, const Map& y, 
   return error;
 }
 
+// Waking a thread costs as much as some ten thousand elements.
+int64_t images_per_task(int64_t pixels) { return std::max<int64_t>(1, 16384 / pixels); }
+
 // Squared distance of two maps [B, count]: per image, then in order.
 template <class A>
 double squared_distance(const A* x, const A* y, int64_t batch, int64_t count) {
   std::vector<double> sums(batch);
-  parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch, images_per_task(count), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       double parts[8] = {};
       for (int64_t i = 0; i < count; ++i) {
@@ -281,20 +281,22 @@ struct Settings {
 };
 
 template <class A>
-void forward(const Tensor& student, const Tensor& teacher, const Tensor& compared, const Settings& set, A* loss, A* terms,
-             A* spatial, A* channel, A* spatial_mask, A* channel_mask) {
+void forward(const Tensor& student, const Tensor& teacher, const Tensor& compared, const Settings& set,
+             A* loss, A* terms, A* spatial, A* channel, A* spatial_mask, A* channel_mask) {
   const Shape s(student);
   const MapDtype dtype = dtype_of(student);
   const Map x(student, s), y(teacher, s), z(compared, s);
   pool_maps<A>(s, dtype, {&x, &y}, set.with_signed, spatial, channel);
   const int64_t pixels = s.batch * s.pixels, channels = s.batch * s.channels;
-  parallel_for(0, s.batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.batch, images_per_task(s.pixels), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const A *of_pixels = spatial + b * s.pixels, *of_channels = channel + b * s.channels;
       A *to_pixels = spatial_mask + b * s.pixels, *to_channels = channel_mask + b * s.channels;
-      mask_of(of_pixels, of_pixels + pixels, s.pixels, set.temperature, set.softmax_of_sum, to_pixels);
+      const auto scale = static_cast<A>(1 / set.temperature);
+      kernels<A>().mask(of_pixels, of_pixels + pixels, s.pixels, scale, set.softmax_of_sum, to_pixels);
       if (set.channel_mask) {
-        mask_of(of_channels, of_channels + channels, s.channels, set.temperature, set.softmax_of_sum, to_channels);
+        kernels<A>().mask(of_channels, of_channels + channels, s.channels, scale, set.softmax_of_sum,
+                          to_channels);
       } else {
         std::fill_n(to_channels, s.channels, A(1));
       }
@@ -302,7 +304,8 @@ void forward(const Tensor& student, const Tensor& teacher, const Tensor& compare
   });
   double distances[3] = {};
   if (set.transfer_weight != 0) {
-    const A *of_pixels = spatial + set.with_signed * 2 * pixels, *of_channels = channel + set.with_signed * 2 * channels;
+    const A *of_pixels = spatial + set.with_signed * 2 * pixels,
+            *of_channels = channel + set.with_signed * 2 * channels;
     distances[0] = std::sqrt(squared_distance(of_pixels, of_pixels + pixels, s.batch, s.pixels));
     distances[1] = std::sqrt(squared_distance(of_channels, of_channels + channels, s.batch, s.channels));
   }
@@ -326,9 +329,10 @@ class Small {
   Small(const std::optional<Tensor>& x, const char* name, int64_t multiple_of) {
     if (!x.has_value()) return;
     const auto expected = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-    KD_CHECK(x->scalar_type() == expected, "attention_mask_backward: ", name, " must be float32 (float64 for float64 maps)");
-    KD_CHECK(x->numel() % std::max<int64_t>(multiple_of, 1) == 0, "attention_mask_backward: ", name, " has ", x->numel(),
-             " elements, which do not fit the map");
+    KD_CHECK(x->scalar_type() == expected, "attention_mask_backward: ", name,
+             " must be float32 (float64 for float64 maps)");
+    KD_CHECK(x->numel() % std::max<int64_t>(multiple_of, 1) == 0, "attention_mask_backward: ", name, " has ",
+             x->numel(), " elements, which do not fit the map");
     tensor_ = torch::stable::contiguous(*x);
     count = multiple_of ? x->numel() / multiple_of : 0;
   }
@@ -346,10 +350,12 @@ struct Parts {
   int64_t side;
 };
 
-// Sign, plain and weight term of `count` pixels (or channels) from `first` on; `all`: how many one map of a pair has.
+// Sign, plain and weight term of `count` pixels (or channels) from `first` on; `all`: how many one map of a
+// pair has.
 template <class A>
-void terms_of(const Small<A>& pair, const Small<A>& mask, const Small<A>& given, double transfer, double weight,
-              int64_t side, int64_t all, int64_t first, int64_t count, double mean, A* const to[3]) {
+void terms_of(const Small<A>& pair, const Small<A>& mask, const Small<A>& given, double transfer,
+              double weight, int64_t side, int64_t all, int64_t first, int64_t count, double mean,
+              A* const to[3]) {
   for (int t = 0; t < 3; ++t) std::fill_n(to[t], padded(count), A(0));
   if (pair.get()) {  // the last kind is what L_AT compares: means of |x|, unless there are two kinds
     const int64_t kinds = pair.count;
@@ -386,11 +392,13 @@ void backward(const Tensor& x, const Tensor& other, const Parts<A>& parts, bool 
     for (int64_t task = begin; task < end; ++task) {
       const Chunk c = chunk_of(s, task);
       if (task == begin || c.first == 0) {
-        terms_of(parts.channel, masked ? parts.channel_mask : none, parts.grad_channel, scale[1], 1.0, parts.side,
-                 s.batch * s.channels, c.image * s.channels, s.channels, 1 / static_cast<double>(s.pixels), channels);
+        terms_of(parts.channel, masked ? parts.channel_mask : none, parts.grad_channel, scale[1], 1.0,
+                 parts.side, s.batch * s.channels, c.image * s.channels, s.channels,
+                 1 / static_cast<double>(s.pixels), channels);
       }
-      terms_of(parts.spatial, masked ? parts.spatial_mask : none, parts.grad_spatial, scale[0], scale[2], parts.side,
-               s.batch * s.pixels, c.image * s.pixels + c.first, c.count, 1 / static_cast<double>(s.channels), pixels);
+      terms_of(parts.spatial, masked ? parts.spatial_mask : none, parts.grad_spatial, scale[0], scale[2],
+               parts.side, s.batch * s.pixels, c.image * s.pixels + c.first, c.count,
+               1 / static_cast<double>(s.channels), pixels);
       const A* const rows[3] = {s.planar ? channels[0] : pixels[0], s.planar ? channels[1] : pixels[1],
                                 s.planar ? channels[2] : pixels[2]};
       const A* const columns[3] = {s.planar ? pixels[0] : channels[0], s.planar ? pixels[1] : channels[1],
@@ -407,7 +415,8 @@ void backward(const Tensor& x, const Tensor& other, const Parts<A>& parts, bool 
 std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& x, bool with_signed) {
   check_map(x, "x");
   const int64_t kinds = 1 + with_signed;
-  Tensor spatial = empty(x, {kinds, x.size(0), 1, x.size(2), x.size(3)}), channel = empty(x, {kinds, x.size(0), x.size(1)});
+  Tensor spatial = empty(x, {kinds, x.size(0), 1, x.size(2), x.size(3)}),
+         channel = empty(x, {kinds, x.size(0), x.size(1)});
   with_accumulator(x, [&](auto zero) {
     using A = decltype(zero);
     const Shape s(x);
@@ -419,26 +428,28 @@ std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& x, bool with_signed)
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_mask_cpu(
     const Tensor& student, const Tensor& teacher, std::optional<Tensor> adapted, double temperature,
-    double transfer_weight, double masked_weight, bool softmax_of_sum, bool channel_mask, bool with_signed, bool through) {
+    double transfer_weight, double masked_weight, bool softmax_of_sum, bool channel_mask, bool with_signed,
+    bool through) {
   check_map(student, "student");
   check_same(student, teacher, "student and teacher");
   if (adapted.has_value()) check_same(*adapted, teacher, "adapted and teacher");
   const int64_t b = student.size(0), c = student.size(1), h = student.size(2), w = student.size(3);
   const int64_t kinds = 1 + with_signed, kept = 1 + through;
-  Tensor loss = empty(student, {}), terms = empty(student, {2, 3}), spatial = empty(student, {kinds, 2, b, 1, h, w}),
-         channel = empty(student, {kinds, 2, b, c}), spatial_weights = empty(student, {kept, b, 1, h, w}),
-         channel_weights = empty(student, {kept, b, c});
-  const Settings settings{temperature,    transfer_weight, masked_weight, softmax_of_sum,
+  Tensor loss = empty(student, {}), terms = empty(student, {2, 3}),
+         spatial = empty(student, {kinds, 2, b, 1, h, w}), channel = empty(student, {kinds, 2, b, c}),
+         spatial_weights = empty(student, {kept, b, 1, h, w}), channel_weights = empty(student, {kept, b, c});
+  const Settings settings{temperature,  transfer_weight, masked_weight, softmax_of_sum,
                           channel_mask, with_signed,     through};
   with_accumulator(student, [&](auto zero) {
     using A = decltype(zero);
-    forward<A>(student, teacher, adapted.value_or(student), settings, data<A>(loss), data<A>(terms), data<A>(spatial),
-               data<A>(channel), data<A>(spatial_weights), data<A>(channel_weights));
+    forward<A>(student, teacher, adapted.value_or(student), settings, data<A>(loss), data<A>(terms),
+               data<A>(spatial), data<A>(channel), data<A>(spatial_weights), data<A>(channel_weights));
   });
   return {loss, terms, spatial, channel, spatial_weights, channel_weights};
 }
 
-Tensor masked_distance_cpu(const Tensor& x, const Tensor& y, const Tensor& spatial_mask, const Tensor& channel_mask) {
+Tensor masked_distance_cpu(const Tensor& x, const Tensor& y, const Tensor& spatial_mask,
+                           const Tensor& channel_mask) {
   check_map(x, "x");
   check_same(x, y, "x and y");
   Tensor terms = empty(x, {2, 3});
@@ -458,11 +469,12 @@ Tensor masked_distance_cpu(const Tensor& x, const Tensor& y, const Tensor& spati
   return terms;
 }
 
-Tensor attention_mask_backward_cpu(const Tensor& x, std::optional<Tensor> other, std::optional<Tensor> grad_loss,
-                                   std::optional<Tensor> terms, std::optional<Tensor> spatial,
-                                   std::optional<Tensor> channel, std::optional<Tensor> spatial_mask,
-                                   std::optional<Tensor> channel_mask, std::optional<Tensor> grad_spatial,
-                                   std::optional<Tensor> grad_channel, int64_t side) {
+Tensor attention_mask_backward_cpu(const Tensor& x, std::optional<Tensor> other,
+                                   std::optional<Tensor> grad_loss, std::optional<Tensor> terms,
+                                   std::optional<Tensor> spatial, std::optional<Tensor> channel,
+                                   std::optional<Tensor> spatial_mask, std::optional<Tensor> channel_mask,
+                                   std::optional<Tensor> grad_spatial, std::optional<Tensor> grad_channel,
+                                   int64_t side) {
   check_map(x, "x");
   if (other.has_value()) check_same(x, *other, "x and other");
   KD_CHECK(!(other.has_value() || spatial.has_value()) || (grad_loss.has_value() && terms.has_value()),

@@ -20,8 +20,14 @@ from torch import Tensor
 from ..reference.attention_mask import accumulator
 from ._launch import on_device
 
-ELEMENTS, WARPS = 2048, 4  # of a tile: 16 values in every thread, of two maps at once; half as many in float64
-PIXELS, PIXELS_CHANNELS_LAST = 256, 128  # of a block at most; the sums left per block take 1/256 or 1/128 of a map
+ELEMENTS, WARPS = (
+    2048,
+    4,
+)  # of a tile: 16 values in every thread, of two maps at once; half as many in float64
+PIXELS, PIXELS_CHANNELS_LAST = (
+    256,
+    128,
+)  # of a block at most; the sums left per block take 1/256 or 1/128 of a map
 MASK_BLOCK, MASK_WARPS = 4096, 16  # one program makes a whole mask
 
 
@@ -131,7 +137,7 @@ def pool(x, y, spatial, parts, batch, channels, count, blocks, maps, c: tl.const
 
 @triton.jit
 def _softmax_terms(values, n, inverse, acc: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum of values * inverse and the sum of exp(values * inverse - maximum), over n values at two pointers' sum."""
+    """Maximum of v * inverse and the sum of exp(v * inverse - maximum), over n values (or sums of two)."""
     first, second = values
     most = tl.full([BLOCK], float("-inf"), acc)
     total = tl.zeros([BLOCK], acc)
@@ -262,7 +268,9 @@ def finish(
 def _difference(pooled, at, size, side, kinds, ok):
     """Own minus other attention, of the last kind, at offset ``at`` of [kinds, 2, size]."""
     pair = pooled + (kinds - 1) * 2 * size
-    return tl.load(pair + side * size + at, ok, other=0.0) - tl.load(pair + (1 - side) * size + at, ok, other=0.0)
+    return tl.load(pair + side * size + at, ok, other=0.0) - tl.load(
+        pair + (1 - side) * size + at, ok, other=0.0
+    )
 
 
 @triton.jit
@@ -333,7 +341,9 @@ class _Call:
             )  # fmt: skip
         return spatial, parts.sum(3)
 
-    def errors(self, x: Tensor, y: Tensor, spatial_mask: Tensor, channel_mask: Tensor, through: bool) -> Tensor:
+    def errors(
+        self, x: Tensor, y: Tensor, spatial_mask: Tensor, channel_mask: Tensor, through: bool
+    ) -> Tensor:
         """Sums per program; the masks' second rows where there are any."""
         sums = self.new(self.batch * self.blocks)
         parts = self.new(self.batch, self.blocks, self.channels) if through else sums
@@ -385,7 +395,8 @@ def attention_mask(
         if call.batch > 0:
             masks[(call.batch, 2)](
                 spatial, channel, spatial_mask, channel_weights, squares, call.batch, call.count, call.channels,
-                _split(temperature), call.config.acc, signed, softmax_of_sum, channel_mask, MASK_BLOCK, num_warps=MASK_WARPS,
+                _split(temperature), call.config.acc, signed, softmax_of_sum, channel_mask, MASK_BLOCK,
+                num_warps=MASK_WARPS,
             )  # fmt: skip
         sums = call.errors(x, teacher, spatial_mask, channel_weights, through)
         loss, terms = call.finish(squares, sums, transfer_weight, masked_weight)

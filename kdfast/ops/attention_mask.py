@@ -1,7 +1,7 @@
 """Op ``attention_mask``: pooled attention, masks and masked distance. Formulas: :mod:`kdfast.reference.attention_mask`.
 
-Forward: one pass over both maps pools them, a second one sums the masked errors; in between lie only maps of one channel.
-Backward: one pass over both maps, which writes the gradient with all its parts.
+Forward: one pass over both maps pools them, a second one sums the masked errors; in between lie only maps of one
+channel. Backward: one pass over both maps, which writes the gradient with all its parts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import attention_mask as reference
-from ..reference.attention_mask import accumulator, mask
+from ..reference.attention_mask import accumulator
 from ._define import define
 
 
