@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import direction, gram, logits, pcka
+from . import attention, direction, gram, logits, pcka
 
-FAMILIES = {"gram": gram, "pcka": pcka, "direction": direction, "logits": logits}
+FAMILIES = {
+    "gram": gram,
+    "pcka": pcka,
+    "attention": attention,
+    "direction": direction,
+    "logits": logits,
+}
 
 
 def select(ops: list[str] | None = None, substring: str = "") -> list[Case]:

@@ -30,6 +30,8 @@ KD_DECLARE_ISA(extern const AttentionKernels<float> attention_float;
 namespace {
 
 constexpr int64_t kChunk = 1024;  // pixels at most
+constexpr int64_t kSteps =
+    64;  // pixels whose channels_last rows are added one after another: more lose digits
 
 template <class A>
 const AttentionKernels<A>& kernels() {
@@ -168,17 +170,22 @@ void pool_maps(const Shape& s, MapDtype dtype, const std::vector<const Map*>& ma
     for (int64_t task = begin; task < end; ++task) {
       const int64_t m = task / s.tasks();
       const Chunk c = chunk_of(s, task % s.tasks());
-      std::fill(columns.begin(), columns.end(), A(0));
-      kernels<A>().pool(dtype, maps[m]->tile(c.image, c.first), s.planar ? s.channels : c.count,
-                        s.planar ? c.count : s.channels, rows.data(), columns.data(),
-                        with_signed ? rows.data() + width : nullptr, columns.data() + width);
-      for (int64_t k = 0; k < kinds; ++k) {
-        const A *over_rows = rows.data() + k * width, *over_columns = columns.data() + k * width;
-        const A *pixels = s.planar ? over_columns : over_rows,
-                *channels = s.planar ? over_rows : over_columns;
-        A* to = spatial + ((k * count + m) * s.batch + c.image) * s.pixels + c.first;
-        for (int64_t i = 0; i < c.count; ++i) to[i] = pixels[i] / static_cast<A>(s.channels);
-        std::copy_n(channels, s.channels, parts[k].data() + task * s.channels);
+      const int64_t step = s.planar ? c.count : kSteps;
+      for (int64_t at = 0; at < c.count; at += step) {
+        const int64_t pixel_count = std::min(step, c.count - at), pixel = c.first + at;
+        std::fill(columns.begin(), columns.end(), A(0));
+        kernels<A>().pool(dtype, maps[m]->tile(c.image, pixel), s.planar ? s.channels : pixel_count,
+                          s.planar ? pixel_count : s.channels, rows.data(), columns.data(),
+                          with_signed ? rows.data() + width : nullptr, columns.data() + width);
+        for (int64_t k = 0; k < kinds; ++k) {
+          const A *over_rows = rows.data() + k * width, *over_columns = columns.data() + k * width;
+          const A *pixels = s.planar ? over_columns : over_rows,
+                  *channels = s.planar ? over_rows : over_columns;
+          A *to = spatial + ((k * count + m) * s.batch + c.image) * s.pixels + pixel,
+            *part = parts[k].data() + task * s.channels;
+          for (int64_t i = 0; i < pixel_count; ++i) to[i] = pixels[i] / static_cast<A>(s.channels);
+          for (int64_t i = 0; i < s.channels; ++i) part[i] += channels[i];
+        }
       }
     }
   });
@@ -186,24 +193,6 @@ void pool_maps(const Shape& s, MapDtype dtype, const std::vector<const Map*>& ma
     const double mean = 1 / static_cast<double>(s.pixels);
     add_chunks(s, count * s.batch, parts[k], mean, channel + k * count * s.batch * s.channels);
   }
-}
-
-// out [count]: the mask of two attention maps
-template <class A>
-void mask_of(const A* student, const A* teacher, int64_t count, double temperature, bool softmax_of_sum,
-             A* out) {
-  const auto scale = static_cast<A>(1 / temperature), size = static_cast<A>(count);
-  if (softmax_of_sum) {
-    for (int64_t i = 0; i < count; ++i) out[i] = student[i] + teacher[i];
-    kernels<A>().softmax(out, count, scale);
-    for (int64_t i = 0; i < count; ++i) out[i] *= size;
-    return;
-  }
-  std::vector<A> other(teacher, teacher + count);
-  std::copy_n(student, count, out);
-  kernels<A>().softmax(out, count, scale);
-  kernels<A>().softmax(other.data(), count, scale);
-  for (int64_t i = 0; i < count; ++i) out[i] = size / 2 * (out[i] + other[i]);
 }
 
 // Sum of spatial_mask * channel_mask * (x - y)^2. With pointers to them also, per pixel and per channel, the
@@ -244,11 +233,14 @@ double masked_error(const Shape& s, MapDtype dtype, const Map& x, const Map& y, 
   return error;
 }
 
+// Waking a thread costs as much as some ten thousand elements.
+int64_t images_per_task(int64_t pixels) { return std::max<int64_t>(1, 16384 / pixels); }
+
 // Squared distance of two maps [B, count]: per image, then in order.
 template <class A>
 double squared_distance(const A* x, const A* y, int64_t batch, int64_t count) {
   std::vector<double> sums(batch);
-  parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch, images_per_task(count), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       double parts[8] = {};
       for (int64_t i = 0; i < count; ++i) {
@@ -296,14 +288,15 @@ void forward(const Tensor& student, const Tensor& teacher, const Tensor& compare
   const Map x(student, s), y(teacher, s), z(compared, s);
   pool_maps<A>(s, dtype, {&x, &y}, set.with_signed, spatial, channel);
   const int64_t pixels = s.batch * s.pixels, channels = s.batch * s.channels;
-  parallel_for(0, s.batch, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.batch, images_per_task(s.pixels), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const A *of_pixels = spatial + b * s.pixels, *of_channels = channel + b * s.channels;
       A *to_pixels = spatial_mask + b * s.pixels, *to_channels = channel_mask + b * s.channels;
-      mask_of(of_pixels, of_pixels + pixels, s.pixels, set.temperature, set.softmax_of_sum, to_pixels);
+      const auto scale = static_cast<A>(1 / set.temperature);
+      kernels<A>().mask(of_pixels, of_pixels + pixels, s.pixels, scale, set.softmax_of_sum, to_pixels);
       if (set.channel_mask) {
-        mask_of(of_channels, of_channels + channels, s.channels, set.temperature, set.softmax_of_sum,
-                to_channels);
+        kernels<A>().mask(of_channels, of_channels + channels, s.channels, scale, set.softmax_of_sum,
+                          to_channels);
       } else {
         std::fill_n(to_channels, s.channels, A(1));
       }

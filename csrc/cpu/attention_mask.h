@@ -32,8 +32,8 @@ struct AttentionKernels {
   // out = sign(x) (row_sign + column_sign) + (row_plain + column_plain) + row_weight column_weight (x - y)
   void (*gradient)(MapDtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* const row_terms[3],
                    const A* const column_terms[3], void* out, int64_t out_stride);
-  // values [count] = softmax(values * scale), in place
-  void (*softmax)(A* values, int64_t count, A scale);
+  // out [count] = the mask of two attention maps; scale: 1 / temperature
+  void (*mask)(const A* student, const A* teacher, int64_t count, A scale, bool softmax_of_sum, A* out);
 };
 
 }  // namespace kd

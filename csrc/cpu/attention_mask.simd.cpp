@@ -27,6 +27,8 @@ struct BitsOf<double> {
 template <class A>
 using Bits = typename BitsOf<A>::type;
 
+typedef uint16_t Shorts __attribute__((vector_size(kVectorBytes / 2)));
+
 template <class A>
 inline Vec<A> magnitude(const Vec<A>& x) {
   return (Vec<A>)((Bits<A>)x & ~BitsOf<A>::sign);
@@ -68,6 +70,17 @@ inline Vec<A> load_columns(const T* from, int64_t count) {
   if (count >= kLanes<A>) {
     if constexpr (__is_same(T, A)) {
       return load_vec(from);
+    } else if constexpr (__is_same(T, BFloat16)) {
+      Shorts bits;
+      __builtin_memcpy(&bits, from, sizeof bits);
+      return (Vec<A>)(__builtin_convertvector(bits, Bits<float>) << 16);
+#if defined(__AVX512F__)
+    } else if constexpr (__is_same(T, Half)) {
+      return (Vec<A>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+    } else if constexpr (__is_same(T, Half)) {
+      return (Vec<A>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
     } else {
       A wide[kLanes<A>];
       convert(from, wide, kLanes<A>);
@@ -84,6 +97,15 @@ inline void store_columns(T* to, const Vec<A>& v, int64_t count) {
   if constexpr (__is_same(T, A)) {
     if (count >= kLanes<A>) {
       store_vec(to, v);
+      return;
+    }
+  }
+  if constexpr (__is_same(T, BFloat16)) {
+    if (count >= kLanes<A>) {
+      const Bits<float> bits = (Bits<float>)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+      const Bits<float> result = v == v ? rounded : Bits<float>{} + 0x7fc0u;
+      const Shorts narrow = __builtin_convertvector(result, Shorts);
+      __builtin_memcpy(to, &narrow, sizeof narrow);
       return;
     }
   }
@@ -216,24 +238,52 @@ inline Vec<float> exponential(const Vec<float>& given) {
   return given >= low ? result : Vec<float>{};
 }
 inline Vec<double> exponential(const Vec<double>& x) {
-  Vec<double> result;
+  Vec<double> result = {};
   for (int i = 0; i < kLanes<double>; ++i) result[i] = __builtin_exp(x[i]);
   return result;
 }
 
+// Of exp((v - most) * scale) with v = first (+ second): the largest v, and the sum.
 template <class A>
-void softmax(A* values, int64_t count, A scale) {
-  A most = values[0];
-  for (int64_t i = 1; i < count; ++i) most = values[i] > most || values[i] != values[i] ? values[i] : most;
+struct SoftmaxTerms {
+  A most, total;
+};
+
+template <class A>
+inline Vec<A> sum_of(const A* first, const A* second, int64_t i, int64_t left) {
+  const Vec<A> v = load_columns<A, A>(first + i, left);
+  return second ? v + load_columns<A, A>(second + i, left) : v;
+}
+
+template <class A>
+SoftmaxTerms<A> softmax_terms(const A* first, const A* second, int64_t count, A scale) {
+  const auto value = [&](int64_t i) { return second ? first[i] + second[i] : first[i]; };
+  A most = value(0);
+  for (int64_t i = 1; i < count; ++i) {
+    const A v = value(i);
+    most = v > most || v != v ? v : most;
+  }
   Vec<A> total = {};
   for_columns<A>(count, [&](int64_t i, int64_t left) {
-    Vec<A> e = exponential((load_columns<A, A>(values + i, left) - most) * scale);
+    Vec<A> e = exponential((sum_of(first, second, i, left) - most) * scale);
     for (int64_t lane = left; lane < kLanes<A>; ++lane) e[lane] = 0;
     total += e;
-    store_columns<A, A>(values + i, e, left);
   });
-  const A inverse = 1 / lane_sum<A>(total);
-  for (int64_t i = 0; i < count; ++i) values[i] *= inverse;
+  return {most, lane_sum<A>(total)};
+}
+
+template <class A>
+void mask(const A* student, const A* teacher, int64_t count, A scale, bool softmax_of_sum, A* out) {
+  const A size = static_cast<A>(count);
+  const A* const added = softmax_of_sum ? teacher : nullptr;
+  const SoftmaxTerms<A> s = softmax_terms<A>(student, added, count, scale);
+  const SoftmaxTerms<A> t = softmax_of_sum ? s : softmax_terms<A>(teacher, nullptr, count, scale);
+  const A share_s = (softmax_of_sum ? size : size / 2) / s.total, share_t = size / 2 / t.total;
+  for_columns<A>(count, [&](int64_t i, int64_t left) {
+    Vec<A> m = share_s * exponential((sum_of(student, added, i, left) - s.most) * scale);
+    if (!softmax_of_sum) m += share_t * exponential((load_columns<A, A>(teacher + i, left) - t.most) * scale);
+    store_columns<A, A>(out + i, m, left);
+  });
 }
 
 // f(pointer) with the type that `dtype` stands for; float64 goes with A = double only.
@@ -285,8 +335,8 @@ void gradient(MapDtype dtype, MapTile x, MapTile y, int64_t rows, int64_t column
 
 extern const AttentionKernels<float> attention_float;
 extern const AttentionKernels<double> attention_double;
-const AttentionKernels<float> attention_float = {pool<float>, errors<float>, gradient<float>, softmax<float>};
+const AttentionKernels<float> attention_float = {pool<float>, errors<float>, gradient<float>, mask<float>};
 const AttentionKernels<double> attention_double = {pool<double>, errors<double>, gradient<double>,
-                                                   softmax<double>};
+                                                   mask<double>};
 
 }  // namespace kd::KD_ISA

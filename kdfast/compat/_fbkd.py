@@ -1,8 +1,8 @@
 """Attention part of mmrazor's FBKD (feature-based knowledge distillation): its loss, and what its connectors compute of
 attention. The names, arguments, order and values are the published ones.
 
-Kept as published: both masks are means of softmaxes and constants; the channel masks are computed and not used; pooled
-attention is compared by means of A, not of |A|; norms are not squared and run over the batch. Not kept: where the masked
+Kept as published: both masks are means of softmaxes and constants; the channel masks are computed and not used;
+what is compared are means of A, not of |A|; norms are not squared and run over the batch. Not kept: where the masked
 distance is 0 the published gradient is NaN, here it is 0.
 """
 

@@ -21,14 +21,14 @@ from ..reference.attention_mask import accumulator
 from ._launch import on_device
 
 ELEMENTS, WARPS = (
-    4096,
-    8,
+    2048,
+    4,
 )  # of a tile: 16 values in every thread, of two maps at once; half as many in float64
 PIXELS, PIXELS_CHANNELS_LAST = (
     256,
     128,
 )  # of a block at most; the sums left per block take 1/256 or 1/128 of a map
-MASK_BLOCK = 4096
+MASK_BLOCK, MASK_WARPS = 4096, 16  # one program makes a whole mask
 
 
 class Map(NamedTuple):
@@ -137,7 +137,7 @@ def pool(x, y, spatial, parts, batch, channels, count, blocks, maps, c: tl.const
 
 @triton.jit
 def _softmax_terms(values, n, inverse, acc: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum of values * inverse and the sum of exp(values * inverse - maximum), over n values at two pointers' sum."""
+    """Maximum of v * inverse and the sum of exp(v * inverse - maximum), over n values (or sums of two)."""
     first, second = values
     most = tl.full([BLOCK], float("-inf"), acc)
     total = tl.zeros([BLOCK], acc)
@@ -184,18 +184,19 @@ def _mask(
     else:
         highest, total = _softmax_terms((student, None), n, inverse, ACC, BLOCK)
         highest_t, total_t = _softmax_terms((teacher, None), n, inverse, ACC, BLOCK)
+    share, share_t = n / total, n / total_t
     square = tl.zeros([BLOCK], ACC)
     last = 2 * batch * n if SIGNED else 0
     for start in range(0, n, BLOCK):
         index = start + tl.arange(0, BLOCK)
         s, t = tl.load(student + index, index < n, other=0.0), tl.load(teacher + index, index < n, other=0.0)
         if SUM:
-            weight = tl.exp((s + t) * inverse - highest) / total
+            weight = tl.exp((s + t) * inverse - highest) * share
         else:
-            weight = (tl.exp(s * inverse - highest) / total + tl.exp(t * inverse - highest_t) / total_t) / 2
+            weight = (tl.exp(s * inverse - highest) * share + tl.exp(t * inverse - highest_t) * share_t) / 2
         if not USED:
-            weight = tl.zeros([BLOCK], ACC) + 1.0 / n
-        tl.store(out + image * n + index, weight * n, index < n)
+            weight = tl.zeros([BLOCK], ACC) + 1
+        tl.store(out + image * n + index, weight, index < n)
         d = tl.load(student + last + index, index < n, other=0.0) - tl.load(
             teacher + last + index, index < n, other=0.0
         )
@@ -394,7 +395,8 @@ def attention_mask(
         if call.batch > 0:
             masks[(call.batch, 2)](
                 spatial, channel, spatial_mask, channel_weights, squares, call.batch, call.count, call.channels,
-                _split(temperature), call.config.acc, signed, softmax_of_sum, channel_mask, MASK_BLOCK, num_warps=WARPS,
+                _split(temperature), call.config.acc, signed, softmax_of_sum, channel_mask, MASK_BLOCK,
+                num_warps=MASK_WARPS,
             )  # fmt: skip
         sums = call.errors(x, teacher, spatial_mask, channel_weights, through)
         loss, terms = call.finish(squares, sums, transfer_weight, masked_weight)

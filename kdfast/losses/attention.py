@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops.attention_mask import attention_mask, attention_pool, mask, masked_distance
+from ..ops.attention_mask import attention_mask, attention_pool, masked_distance
+from ..reference.attention_mask import mask
 from ._common import Levels, Loss, check_choice, check_pair, describe, levels, total
 
 Mask = Literal["mean_of_softmax", "softmax_of_sum"]
@@ -66,7 +67,7 @@ def attention_parts(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One map's share of published code: its own masks, and means of A, in one read.
 
-    Returns: spatial mask [B, 1, H, W], channel mask [B, C, 1, 1], means over channels [B, 1, H, W] and over pixels [B, C].
+    Returns: spatial mask [B, 1, H, W], channel mask [B, C, 1, 1], means over channels [B, 1, H, W] and pixels [B, C].
     """
     spatial, channel = attention_pool(x, signed=True)
     spatial_mask = mask(spatial[0], spatial[0], spatial_temperature, False)
@@ -84,9 +85,9 @@ def masked_feature_distance(student: Tensor, teacher: Tensor, spatial_mask: Tens
 class AttentionGuidedLoss(Loss):
     """L_AT + L_AM: attention transfer and attention-masked feature distance (Eqs. 1 to 4).
 
-    L_AT = |G^s_S - G^s_T| + |G^c_S - G^c_T| on the attention maps, L_AM = (sum of M^s M^c (A_S - A_T)²)^½ under the masks
-    of :func:`attention_masks`. All norms run over the whole batch and are not squared, so they grow with the batch and
-    the map; where one is 0 its gradient is 0. Levels are summed.
+    L_AT = |G^s_S - G^s_T| + |G^c_S - G^c_T| on the attention maps, L_AM = (sum of M^s M^c (A_S - A_T)²)^½ under the
+    masks of :func:`attention_masks`. All norms run over the whole batch and are not squared, so they grow with the
+    batch and the map; where one is 0 its gradient is 0. Levels are summed.
 
     Args:
         channels: of the maps, for the adaptation layers: an int, or (student, teacher), for one level; a list of such,
@@ -97,9 +98,9 @@ class AttentionGuidedLoss(Loss):
         channel_mask: weight channels as well as pixels in L_AM (published two-stage code does not).
         pooling: what L_AT compares, means of |A| (``"abs"``, the paper) or of A (``"signed"``, all published code).
         adapt: adapt the student before it is compared, with layers that are trained with it (Sec. IV-G): a 1x1
-            convolution of the map for L_AM, a 3x3 convolution of G^s and a linear layer on G^c for L_AT. The masks see the
-            student's own map. Student and teacher of different widths need them; the student's masks are then those of
-            the adapted map.
+            convolution of the map for L_AM, a 3x3 convolution of G^s and a linear layer on G^c for L_AT. The masks see
+            the student's own map. Student and teacher of different widths need them; the student's masks are then
+            those of the adapted map.
         detach_mask: no gradient flows through the masks (published code; the paper does not say).
         weight: factor on the value.
 
@@ -107,8 +108,8 @@ class AttentionGuidedLoss(Loss):
     adaptation layers. Memory beyond the gradient: three maps of one channel per level (without adaptation layers).
 
     Raises:
-        ValueError, TypeError: maps of different sizes; different widths without adaptation layers; levels or widths that
-            are not those of ``channels``.
+        ValueError, TypeError: maps of different sizes; different widths without adaptation layers; levels or widths
+            that are not those of ``channels``.
 
     Source: Zhang & Ma, Structured Knowledge Distillation for Accurate and Efficient Object Detection, TPAMI 2023. Its
     settings: :meth:`preset`.

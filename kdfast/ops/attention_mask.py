@@ -1,7 +1,7 @@
 """Op ``attention_mask``: pooled attention, masks and masked distance. Formulas: :mod:`kdfast.reference.attention_mask`.
 
-Forward: one pass over both maps pools them, a second one sums the masked errors; in between lie only maps of one channel.
-Backward: one pass over both maps, which writes the gradient with all its parts.
+Forward: one pass over both maps pools them, a second one sums the masked errors; in between lie only maps of one
+channel. Backward: one pass over both maps, which writes the gradient with all its parts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import attention_mask as reference
-from ..reference.attention_mask import accumulator, mask  # noqa: F401  (mask: for the losses)
+from ..reference.attention_mask import accumulator
 from ._define import define
 
 
@@ -245,7 +245,7 @@ def _pooled_gradients(ctx: Any, side: int, grad_loss, grad_spatial, grad_channel
     """Gradients [kinds, B, ...] of one map's means that the caller's use of them and the masks ask for, or None."""
     _, _, _, terms, *pairs = ctx.saved_tensors
     s, results = ctx.settings, []
-    for pooled, mask, given, used in (  # noqa: F402
+    for pooled, mask, given, used in (
         (pairs[0], pairs[2], grad_spatial, True),
         (pairs[1], pairs[3], grad_channel, s.channel_mask),
     ):

@@ -1,11 +1,12 @@
-"""Attention-guided distillation in plain PyTorch: the truth, the fallback and the benchmarks' baseline (METHODS 4.1 to 4.4).
+"""Attention-guided distillation in plain PyTorch: the truth, the fallback and the benchmarks' baseline.
 
 Of a map A [B, C, H, W] with P = H W pixels:
 
     spatial and channel attention  G^s = mean over channels of |A| [B, 1, H, W],  G^c = mean over pixels of |A| [B, C]
     masks                          M^s = P (softmax(G^s_S / T) + softmax(G^s_T / T)) / 2, per image, or, with
                                    ``softmax_of_sum``, P softmax((G^s_S + G^s_T) / T); M^c alike, with C for P
-    L_AT                           |G^s_S - G^s_T| + |G^c_S - G^c_T|, norms over the whole batch; ``signed``: of means of A
+    L_AT                           |G^s_S - G^s_T| + |G^c_S - G^c_T|, norms over the whole batch; ``signed``: of
+                                   means of A
     L_AM                           (sum of M^s M^c (A_S - A_T)²)^½, over the whole batch
 """
 

@@ -1,0 +1,75 @@
+"""Attention-guided distillation on FPN levels: strides 4 to 64 of 800 x 1344 images, 256 channels.
+
+The baseline computes one level the way published code does (community copies of Zhang & Ma 2023): pooling, masks,
+masked distance and attention distances, each as tensors of its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdfast import AttentionGuidedLoss
+from kdfast.losses.attention import PRESETS
+
+from ..case import Baseline, Case, pair
+
+SOURCE = "FPN stride {} of 800 x 1344, 256 channels, batch {} (Zhang & Ma 2023, Sec. IV-A)"
+SIZES = {4: (200, 336), 8: (100, 168), 16: (50, 84), 32: (25, 42), 64: (13, 21)}
+
+
+def published(student: Tensor, teacher: Tensor, preset: str) -> Tensor:
+    """One level without adaptation layers."""
+    settings = PRESETS[preset]
+    b, c, h, w = student.shape
+    spatial, channel = [], []
+    for x in (student, teacher):
+        g = x.abs().mean(1, keepdim=True).view(b, -1)
+        spatial.append((torch.softmax(g / settings["temperature"], dim=1) * h * w).view(b, 1, h, w))
+        g = x.abs().mean((2, 3)).view(b, -1)
+        channel.append((torch.softmax(g / settings["temperature"], dim=1) * c).view(b, c, 1, 1))
+    error = (student - teacher) ** 2 * (sum(spatial) / 2).detach()
+    if settings.get("channel_mask", True):
+        error = error * (sum(channel) / 2).detach()
+    transfer = torch.dist(student.mean(1), teacher.mean(1)) + torch.dist(
+        student.mean((2, 3)), teacher.mean((2, 3))
+    )
+    return settings["transfer_weight"] * transfer + settings["masked_weight"] * error.sum() ** 0.5
+
+
+def _case(preset: str, batch: int, stride: int, dtype: torch.dtype, channels_last: bool = False) -> Case:
+    shape = (batch, 256, *SIZES[stride])
+    elements = math.prod(shape)
+    return Case(
+        family="attention",
+        name=f"{preset} [{', '.join(map(str, shape))}]",
+        source=SOURCE.format(stride, batch),
+        loss=AttentionGuidedLoss.preset(preset),
+        make=pair(
+            shape,
+            shape,
+            dtype=dtype,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+            relu=False,
+        ),
+        # Both maps once for their pooled attention, once for the masked error; both again and a gradient backward.
+        bytes=7 * elements * dtype.itemsize,
+        flops=25 * elements,
+        dtype=dtype,
+        layout="channels_last" if channels_last else "contiguous",
+        op="attention_mask",
+        baselines={"naive": Baseline(lambda s, t: published(s, t, preset), memory=8 * 4 * elements)},
+        memory=10 * 4 * elements,
+    )
+
+
+def cases() -> list[Case]:
+    f32, bf16 = torch.float32, torch.bfloat16
+    found = [_case("two_stage", 2, stride, f32) for stride in SIZES]
+    found += [_case("one_stage", 2, stride, f32) for stride in (8, 16)]
+    found += [_case("two_stage", 2, stride, f32, channels_last=True) for stride in (8, 16, 64)]
+    found += [_case("two_stage", batch, stride, f32) for batch in (4, 8) for stride in (8, 16, 32, 64)]
+    found += [_case("two_stage", 2, 8, bf16), _case("two_stage", 8, 16, bf16, channels_last=True)]
+    return found
