@@ -17,7 +17,7 @@
 
 #include "common/check.h"
 #include "common/dtype.h"
-#include "common/huge_pages.h"
+#include "common/gradient.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "cpu/attention_mask_ops.h"
@@ -479,8 +479,7 @@ Tensor attention_mask_backward_cpu(const Tensor& x, std::optional<Tensor> other,
   if (other.has_value()) check_same(x, *other, "x and other");
   KD_CHECK(!(other.has_value() || spatial.has_value()) || (grad_loss.has_value() && terms.has_value()),
            "attention_mask_backward: other, spatial and channel need grad_loss and terms");
-  Tensor out = torch::stable::empty_like(x);
-  advise_huge_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+  Tensor out = new_gradient(x);
   with_accumulator(x, [&](auto zero) {
     using A = decltype(zero);
     const int64_t pixels = x.size(0) * x.size(2) * x.size(3), channels = x.size(0) * x.size(1);

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "common/gradient.h"
 #include "cpu/gram_ops.h"
 #include "cpu/gram_problem.h"
 
@@ -371,8 +372,7 @@ std::tuple<Tensor, Tensor> gram_backward_cpu(const Tensor& grad_products, const 
                                              int64_t compare, bool centered, bool cosine, bool inter,
                                              bool feature_side, bool need_x, bool need_y) {
   const GramFlags flags = flags_of(x, y, compare, centered, cosine, inter, feature_side);
-  Tensor grad_x = need_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor grad_y = need_y ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
+  Tensor grad_x = new_gradient(x, need_x), grad_y = new_gradient(y, need_y);
   Tensor *to_x = need_x ? &grad_x : nullptr, *to_y = need_y ? &grad_y : nullptr;
   if (is_wide(x, y)) {
     backward<double>(grad_products, grad_distance, x, y, saved, flags, to_x, to_y);

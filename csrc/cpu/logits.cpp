@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/gradient.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "cpu/logits_ops.h"
@@ -280,10 +281,8 @@ std::tuple<Tensor, Tensor> logits_backward_cpu(const Tensor& grad, const Tensor&
                                                const Tensor& saved, int64_t kind, double alpha, double beta,
                                                double temperature, int64_t ignore_index, bool need_student,
                                                bool need_teacher) {
-  Tensor grad_student =
-      need_student ? torch::stable::empty_like(student) : torch::stable::new_empty(student, {0});
-  Tensor grad_teacher =
-      need_teacher ? torch::stable::empty_like(teacher) : torch::stable::new_empty(teacher, {0});
+  Tensor grad_student = new_gradient(student, need_student),
+         grad_teacher = new_gradient(teacher, need_teacher);
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     const Problem<A> p(student, teacher, labels, saved, kind, alpha, beta, temperature, ignore_index);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/gradient.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "cpu/gram_ops.h"
@@ -378,11 +379,9 @@ std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, 
   Tensor gradients[2], sums[2];
   for (int s : {0, 1}) {
     const Tensor& v = s ? y : x;
-    if (!(s ? need_y : need_x)) {
-      gradients[s] = torch::stable::new_empty(v, {0});
-      continue;
-    }
-    gradients[s] = torch::stable::empty_like(v);
+    const bool needed = s ? need_y : need_x;
+    gradients[s] = new_gradient(v, needed);
+    if (!needed) continue;
     const ScalarType sum_type = wide ? ScalarType::Double : ScalarType::Float;
     // Spatial groups add to shared source rows: in the accumulation type.
     const bool apart = adds && v.scalar_type() != sum_type;
