@@ -184,6 +184,19 @@ def test_gradcheck_and_second_backward(backend: str, settings: dict) -> None:
         assert torch.autograd.gradgradcheck(lambda *v: gram(*v, **settings)[1], (x, y))
 
 
+@pytest.mark.parametrize("teacher", ["computed", "same"])
+def test_second_backward_where_one_side_depends_on_the_other(teacher: str) -> None:
+    x = torch.randn(2, 5, 1, 1, 1, 4, dtype=torch.float64, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        return gram(x, x.exp() if teacher == "computed" else x)[0].sum() * 1e-2
+
+    assert torch.autograd.gradgradcheck(loss, x)
+    plain = torch.autograd.grad(loss(x), x)[0]
+    with_graph = torch.autograd.grad(loss(x), x, create_graph=True)[0]
+    assert torch.allclose(with_graph, plain)
+
+
 def test_only_needed_gradients() -> None:
     x, y = torch.randn(1, 6, 1, 1, 1, 5, requires_grad=True), torch.randn(1, 6, 1, 1, 1, 5)
     distance = gram(x, y)[1].sum()

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import backend
 from ..reference import attention_mask as reference
 from ..reference.attention_mask import accumulator
+from . import _second
 from ._define import define
 
 
@@ -167,24 +168,6 @@ def _op(name: str, triton: bool):
     return getattr(torch.ops.kdfast, f"{name}_triton" if triton else name)
 
 
-def _again(
-    call, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], grads: tuple[Tensor | None, ...]
-):
-    """Gradients that can be differentiated: those of the reference, ``call`` of the inputs."""
-    with torch.enable_grad():
-        # Aliases: one input may be computed from another, whose gradient must not come along that way too.
-        inputs = tuple(None if v is None else v.view_as(v) for v in inputs)
-        used = [(o, g) for o, g in zip(call(*inputs), grads, strict=True) if g is not None]
-    outputs, given = zip(*used, strict=True)
-    wanted = [v for v, need in zip(inputs, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, materialize_grads=True))
-    return [next(found) if need else None for need in needed]
-
-
-def _differentiable_again() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()  # create_graph=True
-
-
 class _AttentionMask(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -203,14 +186,14 @@ class _AttentionMask(torch.autograd.Function):
     def backward(ctx: Any, grad_loss, _, grad_spatial, grad_channel):
         student, teacher, adapted, terms, spatial, channel, spatial_mask, channel_mask = ctx.saved_tensors
         s, needed = ctx.settings, ctx.needs_input_grad[:3]
-        if _differentiable_again():
+        if _second.wanted():
 
             def call(*maps):
                 loss, _, *pooled = reference.attention_mask(*maps, *s[:-1], detach_mask=not s.through)
                 return loss, *pooled
 
             maps, grads = (student, teacher, adapted), (grad_loss, grad_spatial, grad_channel)
-            return *_again(call, maps, needed, grads), None, None
+            return *_second.gradients(call, maps, needed, grads), None, None
         x = student if adapted is None else adapted
         transfers = s.transfer_weight and grad_loss is not None
         pooled = (spatial, channel) if transfers else (None, None)
@@ -284,9 +267,9 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_spatial: Tensor, grad_channel: Tensor):
         (x,) = ctx.saved_tensors
-        if _differentiable_again():
+        if _second.wanted():
             grads = (grad_spatial, grad_channel)
-            found = _again(lambda x: reference.attention_pool(x, ctx.signed), (x,), (True,), grads)
+            found = _second.gradients(lambda x: reference.attention_pool(x, ctx.signed), (x,), (True,), grads)
             return *found, None, None
         nothing = (None,) * 7
         return (
@@ -310,12 +293,12 @@ class _MaskedDistance(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         x, y, spatial_mask, channel_mask, terms = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        if _differentiable_again():
+        if _second.wanted():
 
             def call(x, y):
                 return (reference.masked_distance(x, y, spatial_mask, channel_mask),)
 
-            return *_again(call, (x, y), needed, (grad,)), None, None, None
+            return *_second.gradients(call, (x, y), needed, (grad,)), None, None, None
         masks = (spatial_mask[None], channel_mask[None])
         results = [
             _op("attention_mask_backward", ctx.triton)(a, b, grad, terms, None, None, *masks, None, None, 0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import direction as reference
+from . import _second
 from ._define import define
 
 
@@ -136,12 +137,14 @@ class _Direction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         student, teacher, centers, labels, factors, total = ctx.saved_tensors
         need_student, need_teacher = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            loss = reference.direction(student, teacher, centers, labels, *ctx.flags)
-            needed = [v for v, need in ((student, need_student), (teacher, need_teacher)) if need]
-            found = iter(torch.autograd.grad(loss, needed, grad, create_graph=True, materialize_grads=True))
-            grad_student = next(found) if need_student else None
-            return grad_student, next(found) if need_teacher else None, None, None, None, None, None
+        if _second.wanted():
+            found = _second.gradients(
+                lambda s, t: reference.direction(s, t, centers, labels, *ctx.flags),
+                (student, teacher),
+                (need_student, need_teacher),
+                (grad,),
+            )
+            return *found, None, None, None, None, None
         op = torch.ops.kdfast.direction_backward_triton if ctx.triton else torch.ops.kdfast.direction_backward
         grad_student, grad_teacher = op(
             grad, student, teacher, centers, labels, factors, total, *ctx.flags, need_student, need_teacher

@@ -12,6 +12,7 @@ from .. import backend
 from ..kernels import gram_cuda
 from ..reference import gram as reference
 from ..reference.gram import COMPARISONS
+from . import _second
 from ._define import define
 
 # Saved Grams may take this share of the inputs, or this many elements; above both the backward computes them again.
@@ -142,15 +143,12 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, grad_products: Tensor, grad_distance: Tensor):
         x, y, saved = ctx.saved_tensors
         need_x, need_y = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            outputs = reference.gram(x, y, *ctx.flags)
-            needed = [v for v, need in ((x, need_x), (y, need_y)) if need]
-            found = iter(
-                torch.autograd.grad(
-                    outputs, needed, (grad_products, grad_distance), create_graph=True, materialize_grads=True
-                )
+        if _second.wanted():
+            grads = (grad_products, grad_distance)
+            found = _second.gradients(
+                lambda x, y: reference.gram(x, y, *ctx.flags), (x, y), (need_x, need_y), grads
             )
-            return next(found) if need_x else None, next(found) if need_y else None, None, None, None
+            return *found, None, None, None
         op = torch.ops.kdfast.gram_backward_triton if ctx.triton else torch.ops.kdfast.gram_backward
         grad_x, grad_y = op(grad_products, grad_distance, x, y, saved, *ctx.flags, need_x, need_y)
         return grad_x if need_x else None, grad_y if need_y else None, None, None, None

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backend
 from ..reference import logits as reference
 from ..reference.logits import KINDS
+from . import _second
 from ._define import define
 
 DIST = KINDS.index("dist")
@@ -132,17 +133,14 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         student, teacher, labels, saved = ctx.saved_tensors
         need_student, need_teacher = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            loss = reference.logits(student, teacher, labels, *ctx.settings)
-            needed = [v for v, need in ((student, need_student), (teacher, need_teacher)) if need]
-            found = iter(torch.autograd.grad(loss, needed, grad, create_graph=True, materialize_grads=True))
-            return (
-                next(found) if need_student else None,
-                next(found) if need_teacher else None,
-                None,
-                None,
-                None,
+        if _second.wanted():
+            found = _second.gradients(
+                lambda s, t: reference.logits(s, t, labels, *ctx.settings),
+                (student, teacher),
+                (need_student, need_teacher),
+                (grad,),
             )
+            return *found, None, None, None
         op = torch.ops.kdfast.logits_backward_triton if ctx.triton else torch.ops.kdfast.logits_backward
         grad_student, grad_teacher = op(
             grad, student, teacher, labels, saved, *ctx.settings, need_student, need_teacher

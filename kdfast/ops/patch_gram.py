@@ -18,6 +18,7 @@ from ..reference import patch_gram as reference
 from ..reference.gram import COMPARISONS
 from ..reference.gram import gram as reference_gram
 from ..reference.patch_gram import AVERAGES, Grid
+from . import _second
 from ._define import define
 from .gram import SAVED_ELEMENTS, gram, saved_size, workspace_size
 from .gram import _feature_side_is_cheaper as feature_side_is_cheaper
@@ -225,15 +226,12 @@ class _PatchGram(torch.autograd.Function):
         x, y, saved = ctx.saved_tensors
         need_x, need_y = ctx.needs_input_grad[:2]
         unused = (None,) * 4
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            outputs = reference.patch_gram(x, y, ctx.grid, *ctx.flags)
-            needed = [v for v, need in ((x, need_x), (y, need_y)) if need]
-            found = iter(
-                torch.autograd.grad(
-                    outputs, needed, (grad_products, grad_distance), create_graph=True, materialize_grads=True
-                )
+        if _second.wanted():
+            grads = (grad_products, grad_distance)
+            found = _second.gradients(
+                lambda x, y: reference.patch_gram(x, y, ctx.grid, *ctx.flags), (x, y), (need_x, need_y), grads
             )
-            return next(found) if need_x else None, next(found) if need_y else None, *unused
+            return *found, *unused
         ops = torch.ops.kdfast
         op: Callable = ops.patch_gram_backward_triton if ctx.triton else ops.patch_gram_backward
         grad_x, grad_y = op(grad_products, grad_distance, x, y, saved, *ctx.grid, *ctx.flags, need_x, need_y)
