@@ -65,7 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     ceilings = Ceilings(device)
     facts = report.machine(device, ceilings, options.commit)
     seconds, rounds = (1.0, 3) if options.quick else (5.0, 7)
-    rows = []
+    folder = options.out / report.slug(facts["device"])
+    suite = [(c.family, c.name, c.dtype_name, c.layout) for c in select()]
+    rows, written = [], []
     with tqdm(options.cases, unit="case", disable=None) as progress:
         for case in progress:
             progress.set_postfix_str(case.name)
@@ -78,9 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
                 only=options.provider,
             )
             rows += [facts | row for row in found]
-    folder = options.out / report.slug(facts["device"])
-    suite = [(c.family, c.name, c.dtype_name, c.layout) for c in select()]
-    written = report.write(rows, folder, suite)
+            written = report.write(rows, folder, suite)  # after every case: a run that is stopped keeps what it has
     texts = {}
     for path in list(written):
         stored = report.read(path)

@@ -40,10 +40,14 @@ void gather(const GramView& v, int64_t group, int64_t first, int64_t count, A* t
   const bool rows_inside = v.inner_stride != 1 && v.rows > 1 && v.row_offset[1] - v.row_offset[0] == 1;
   if (rows_inside) {  // neighbouring rows are neighbours in memory: read along them
     for_runs(v, first, count, [&](int64_t d, int64_t offset, int64_t run) {
-      for (int64_t c = 0; c < run; ++c) {
-        const T* column = base + offset + c * v.inner_stride;
-        for (int64_t r = 0; r < v.rows; ++r)
-          tile[r * ld + d + c] = static_cast<A>(load(column + v.row_offset[r]));
+      constexpr int64_t kBlock = 16;  // columns whose lines of memory stay in L1 while the rows pass by
+      for (int64_t c0 = 0; c0 < run; c0 += kBlock) {
+        const int64_t c1 = c0 + kBlock < run ? c0 + kBlock : run;
+        for (int64_t r = 0; r < v.rows; ++r) {
+          const T* from = base + offset + v.row_offset[r];
+          A* to = tile + r * ld + d;
+          for (int64_t c = c0; c < c1; ++c) to[c] = static_cast<A>(load(from + c * v.inner_stride));
+        }
       }
     });
     return;
@@ -102,24 +106,28 @@ void center_columns(A* tile, int64_t ld, int64_t width, int64_t rows, A* means) 
   }
 }
 
-// Scales every column to unit length (zero columns stay); squares of values / largest stay in range.
+// Scales every column to unit length (zero columns stay); squares of values / the column's largest stay in
+// range.
 template <class A>
 void unit_columns(A* tile, int64_t ld, int64_t width, int64_t rows, A* scale) {
-  A largest = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = r * ld; c < r * ld + width; ++c) {
-      const A magnitude = tile[c] < 0 ? -tile[c] : tile[c];
+  using V = Vec<A>;
+  for (int64_t c = 0; c < width; c += kLanes<A>) {
+    V largest = {}, sum = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const V value = load_vec(tile + r * ld + c), negative = -value;
+      const V magnitude = value > negative ? value : negative;
       largest = magnitude > largest ? magnitude : largest;
     }
-  }
-  const A shrink = largest > 0 ? 1 / largest : 0;
-  for (int64_t c = 0; c < width; ++c) scale[c] = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < width; ++c) scale[c] += (tile[r * ld + c] * shrink) * (tile[r * ld + c] * shrink);
-  }
-  for (int64_t c = 0; c < width; ++c) scale[c] = scale[c] > 0 ? shrink / square_root(scale[c]) : 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < width; ++c) tile[r * ld + c] *= scale[c];
+    const V shrink = largest > 0 ? 1 / largest : V{};
+    for (int64_t r = 0; r < rows; ++r) {
+      const V value = load_vec(tile + r * ld + c) * shrink;
+      sum += value * value;
+    }
+    for (int lane = 0; lane < kLanes<A>; ++lane) {
+      scale[c + lane] = sum[lane] > 0 ? shrink[lane] / square_root(sum[lane]) : 0;
+    }
+    const V by = load_vec(scale + c);
+    for (int64_t r = 0; r < rows; ++r) store_vec(tile + r * ld + c, load_vec(tile + r * ld + c) * by);
   }
 }
 

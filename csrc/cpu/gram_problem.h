@@ -41,11 +41,13 @@ const GramKernels<A>& gram_kernels() {
 
 constexpr int64_t kTileBytes = 200 * 1024;          // of one tile: two of them fit an L2 cache of 512 KB
 constexpr int64_t kMinChunk = 64, kMaxChunk = 512;  // columns of a tile
-constexpr int64_t kManyGroups = 8;                  // from here on one task per group
-constexpr int64_t kTasks = 8;                       // wanted where there are fewer groups
-constexpr int64_t kTaskElements = 1 << 15;          // to read, below which a second thread does not pay
-constexpr int64_t kSplits = 16;                     // of the features of a group, at the most
-constexpr int64_t kPartialBytes = 1 << 19;          // of partial matrices, or 1/32 of the inputs
+constexpr int64_t kLongChunk =
+    256;  // where it does not fit: the sums across lanes at its end weigh more than L2 misses
+constexpr int64_t kManyGroups = 8;          // from here on one task per group
+constexpr int64_t kTasks = 8;               // wanted where there are fewer groups
+constexpr int64_t kTaskElements = 1 << 15;  // to read, below which a second thread does not pay
+constexpr int64_t kSplits = 16;             // of the features of a group, at the most
+constexpr int64_t kPartialBytes = 1 << 19;  // of partial matrices, or 1/32 of the inputs
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
@@ -218,7 +220,7 @@ class GramProblem {
   int64_t chunk_size(int64_t padded_rows, int64_t features) const {
     const int64_t fit = kTileBytes / (padded_rows * static_cast<int64_t>(sizeof(A))) / k_.lanes * k_.lanes;
     const int64_t share = groups_ < kManyGroups ? round_up(ceil_div(features, kTasks), k_.lanes) : kMaxChunk;
-    return std::clamp<int64_t>(std::min(fit, share), kMinChunk, kMaxChunk);
+    return std::clamp<int64_t>(std::max(fit, kLongChunk), kMinChunk, std::clamp(share, kMinChunk, kMaxChunk));
   }
   // An odd number of cache lines spreads the rows of a tile over the sets of the L1 cache.
   int64_t tile_ld(int64_t columns) const {

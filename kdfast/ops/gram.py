@@ -17,7 +17,7 @@ from ._define import define
 
 # Saved Grams may take this share of the inputs, or this many elements; above both the backward computes them again.
 SAVED_SHARE = 0.1
-SAVED_ELEMENTS = 1 << 18
+SAVED_ELEMENTS = 1 << 20
 
 
 def workspace_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
