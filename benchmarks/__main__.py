@@ -80,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
                 only=options.provider,
             )
             rows += [facts | row for row in found]
-            written = report.write(rows, folder, suite)  # after every case: a run that is stopped keeps what it has
+            # After every case: a run that is stopped keeps what it has.
+            written = report.write(rows, folder, suite)
     texts = {}
     for path in list(written):
         stored = report.read(path)
