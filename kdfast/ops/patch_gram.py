@@ -267,7 +267,9 @@ def patch_gram(
     """
     chosen = backend.choose("patch_gram", x.device.type, ("triton",))
     resized = not (grid.fits(x) and grid.fits(y))
-    if chosen == "triton" and not resized:
+    # Whole patches need no copy where the kernels read along their rows.
+    along_rows = x.stride(3) == 1 and y.stride(3) == 1 and grid.average != SPATIAL
+    if not resized and (chosen == "triton" or (chosen == "cpu" and along_rows)):
         views = (reference.view(v, grid, transposed) for v in (x, y))
         return gram(*views, compare=compare, centered=centered, cosine=cosine, inter=inter)
     _, n, dx = grid.matrices(x)
