@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.attention_mask import accumulator
+from ..reference._common import accumulator
 from ._launch import on_device
 
 ELEMENTS, WARPS = (

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import attention_mask as reference
-from ..reference.attention_mask import accumulator
+from ..reference._common import accumulator
 from . import _second
-from ._define import define
+from ._define import define, kernel
 
 
 class Settings(NamedTuple):
@@ -120,21 +120,12 @@ def _reference_backward(
     return torch.empty_like(x).copy_(gradient)
 
 
-def _triton(name: str):
-    def call(*args):
-        from ..kernels import attention_mask as kernels
-
-        return getattr(kernels, name)(*args)
-
-    return call
-
-
 define(
     "attention_pool",
     "(Tensor x, bool signed) -> (Tensor spatial, Tensor channel)",
     _fake_pool,
     reference.attention_pool,
-    _triton("attention_pool"),
+    kernel("attention_mask", "attention_pool"),
 )
 define(
     "attention_mask",
@@ -143,14 +134,14 @@ define(
     " -> (Tensor loss, Tensor terms, Tensor spatial, Tensor channel, Tensor spatial_mask, Tensor channel_mask)",
     _fake,
     _reference,
-    _triton("attention_mask"),
+    kernel("attention_mask", "attention_mask"),
 )
 define(
     "masked_distance",
     "(Tensor x, Tensor y, Tensor spatial_mask, Tensor channel_mask) -> Tensor terms",
     _fake_distance,
     _reference_distance,
-    _triton("masked_distance"),
+    kernel("attention_mask", "masked_distance"),
 )
 # The gradient for x: of L_AM where `other` is given, of L_AT where `spatial` and `channel` are (x is their row `side`),
 # and of means of |x| (and of x) where their gradients are.
@@ -160,7 +151,7 @@ define(
     " Tensor? spatial_mask, Tensor? channel_mask, Tensor? grad_spatial, Tensor? grad_channel, int side) -> Tensor",
     _fake_backward,
     _reference_backward,
-    _triton("attention_mask_backward"),
+    kernel("attention_mask", "attention_mask_backward"),
 )
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import direction as reference
+from ..reference._common import accumulator
 from . import _second
-from ._define import define
+from ._define import define, kernel, new_gradients, reference_gradients
 
 
 def _fake(student, teacher, centers, labels, ignore_index, balanced):
-    dtype = _accumulator(student, teacher, centers)
+    dtype = accumulator(student, teacher, centers)
     return (
         student.new_empty((), dtype=dtype),
         student.new_empty((student.shape[0], 3), dtype=dtype),
@@ -27,29 +28,8 @@ def _fake(student, teacher, centers, labels, ignore_index, balanced):
     )
 
 
-def _accumulator(student: Tensor, teacher: Tensor | None, centers: Tensor) -> torch.dtype:
-    wide = student.dtype == torch.float64 or centers.dtype == torch.float64
-    wide = wide or (teacher is not None and teacher.dtype == torch.float64)
-    return torch.float64 if wide else torch.float32
-
-
-def _fake_backward(
-    grad,
-    student,
-    teacher,
-    centers,
-    labels,
-    factors,
-    total,
-    ignore_index,
-    balanced,
-    need_student,
-    need_teacher,
-):
-    return (
-        torch.empty_like(student) if need_student else student.new_empty(0),
-        torch.empty_like(teacher) if need_teacher else student.new_empty(0),
-    )
+def _fake_backward(grad, student, teacher, *arguments):
+    return new_gradients((student, teacher), arguments[-2:])
 
 
 def _reference(student, teacher, centers, labels, ignore_index, balanced):
@@ -57,43 +37,13 @@ def _reference(student, teacher, centers, labels, ignore_index, balanced):
     return loss, loss.new_zeros((student.shape[0], 3)), loss.new_ones(())
 
 
-def _reference_backward(
-    grad,
-    student,
-    teacher,
-    centers,
-    labels,
-    factors,
-    total,
-    ignore_index,
-    balanced,
-    need_student,
-    need_teacher,
-):
-    with torch.enable_grad():
-        rows = [
-            v.detach().requires_grad_() if need else v
-            for v, need in ((student, need_student), (teacher, need_teacher))
-        ]
-        loss = reference.direction(*rows, centers, labels, ignore_index, balanced)
-        needed = [v for v, need in zip(rows, (need_student, need_teacher), strict=True) if need]
-        found = iter(torch.autograd.grad(loss, needed, grad, materialize_grads=True))
-    return tuple(
-        torch.empty_like(v).copy_(next(found)) if need else student.new_empty(0)
-        for v, need in ((student, need_student), (teacher, need_teacher))
-    )
+def _reference_backward(grad, student, teacher, centers, labels, factors, total, *arguments):
+    *settings, need_student, need_teacher = arguments
 
+    def call(student, teacher):
+        return reference.direction(student, teacher, centers, labels, *settings)
 
-def _triton(*args):
-    from ..kernels import direction as kernels
-
-    return kernels.direction(*args)
-
-
-def _triton_backward(*args):
-    from ..kernels import direction as kernels
-
-    return kernels.direction_backward(*args)
+    return reference_gradients(call, (student, teacher), (need_student, need_teacher), (grad,))
 
 
 define(
@@ -102,7 +52,7 @@ define(
     " -> (Tensor loss, Tensor factors, Tensor total)",
     _fake,
     _reference,
-    _triton,
+    kernel("direction", "direction"),
 )
 define(
     "direction_backward",
@@ -111,7 +61,7 @@ define(
     " -> (Tensor grad_student, Tensor grad_teacher)",
     _fake_backward,
     _reference_backward,
-    _triton_backward,
+    kernel("direction", "direction_backward"),
 )
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from .. import backend
 from ..kernels import gram_cuda
 from ..reference import gram as reference
+from ..reference._common import accumulator
 from ..reference.gram import COMPARISONS
 from . import _second
-from ._define import define
+from ._define import define, kernel, new_gradients, reference_gradients
 
 # Saved Grams may take this share of the inputs, or this many elements; above both the backward computes them again.
 SAVED_SHARE = 0.1
@@ -45,13 +46,9 @@ def _features(v: Tensor) -> int:
     return v.shape[3] * v.shape[4] * v.shape[5]
 
 
-def _accumulator(x: Tensor, y: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-
-
 def _fake(x, y, compare, centered, cosine, inter, feature_side, save, size=None):
     size = size or (workspace_size if x.device.type == "cuda" else saved_size)
-    groups, terms, dtype = x.shape[0], 1 + inter, _accumulator(x, y)
+    groups, terms, dtype = x.shape[0], 1 + inter, accumulator(x, y)
     saved = (groups, size(x, y, inter, feature_side)) if save else (0,)
     return (
         x.new_empty((terms, 3, groups), dtype=dtype),
@@ -64,13 +61,8 @@ def _fake_triton(*args):
     return _fake(*args, size=workspace_size)
 
 
-def _fake_backward(
-    grad_products, grad_distance, x, y, saved, compare, centered, cosine, inter, feature_side, need_x, need_y
-):
-    return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(y) if need_y else y.new_empty(0),
-    )
+def _fake_backward(grad_products, grad_distance, x, y, *arguments):
+    return new_gradients((x, y), arguments[-2:])
 
 
 def _reference(x, y, compare, centered, cosine, inter, feature_side, save):
@@ -79,34 +71,10 @@ def _reference(x, y, compare, centered, cosine, inter, feature_side, save):
     return products, distance, products.new_zeros(saved)
 
 
-def _reference_backward(
-    grad_products, grad_distance, x, y, saved, compare, centered, cosine, inter, feature_side, need_x, need_y
-):
-    with torch.enable_grad():
-        x, y = x.detach().requires_grad_(need_x), y.detach().requires_grad_(need_y)
-        outputs = reference.gram(x, y, compare, centered, cosine, inter, feature_side)
-        needed = [v for v, need in ((x, need_x), (y, need_y)) if need]
-        found = iter(torch.autograd.grad(outputs, needed, (grad_products, grad_distance), allow_unused=True))
-    results = []
-    for v, need in ((x, need_x), (y, need_y)):
-        result = v.new_empty(0)
-        if need:
-            gradient = next(found)
-            result = torch.zeros_like(v) if gradient is None else torch.empty_like(v).copy_(gradient)
-        results.append(result)
-    return tuple(results)
-
-
-def _triton(*args):
-    from ..kernels import gram as kernels
-
-    return kernels.gram(*args)
-
-
-def _triton_backward(*args):
-    from ..kernels import gram as kernels
-
-    return kernels.gram_backward(*args)
+def _reference_backward(grad_products, grad_distance, x, y, saved, *arguments):
+    *flags, need_x, need_y = arguments
+    grads = (grad_products, grad_distance)
+    return reference_gradients(lambda x, y: reference.gram(x, y, *flags), (x, y), (need_x, need_y), grads)
 
 
 define(
@@ -115,7 +83,7 @@ define(
     " -> (Tensor products, Tensor distance, Tensor saved)",
     _fake,
     _reference,
-    _triton,
+    kernel("gram", "gram"),
     _fake_triton,
 )
 define(
@@ -124,7 +92,7 @@ define(
     " bool cosine, bool inter, bool feature_side, bool need_x, bool need_y) -> (Tensor grad_x, Tensor grad_y)",
     _fake_backward,
     _reference_backward,
-    _triton_backward,
+    kernel("gram", "gram_backward"),
 )
 
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import logits as reference
+from ..reference._common import accumulator
 from ..reference.logits import KINDS
 from . import _second
-from ._define import define
+from ._define import define, kernel, new_gradients, reference_gradients
 
 DIST = KINDS.index("dist")
 # Saved for the backward: per row maxima and log-sums of both sides and the value (kl, dkd), two more (nkd, dist);
@@ -26,12 +27,8 @@ def saved_size(student: Tensor, kind: int) -> int:
     return rows * ROW_WIDTH[kind] + (COLUMN_WIDTH * classes if kind == DIST else 0)
 
 
-def _accumulator(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-
-
 def _fake(student, teacher, labels, kind, alpha, beta, temperature, ignore_index):
-    dtype = _accumulator(student, teacher)
+    dtype = accumulator(student, teacher)
     return student.new_empty((), dtype=dtype), student.new_empty((saved_size(student, kind),), dtype=dtype)
 
 
@@ -40,24 +37,8 @@ def _fake_triton(student, teacher, labels, kind, *settings):
     return loss, saved.new_empty((saved.shape[0] + 1,))
 
 
-def _fake_backward(
-    grad,
-    student,
-    teacher,
-    labels,
-    saved,
-    kind,
-    alpha,
-    beta,
-    temperature,
-    ignore_index,
-    need_student,
-    need_teacher,
-):
-    return (
-        torch.empty_like(student) if need_student else student.new_empty(0),
-        torch.empty_like(teacher) if need_teacher else teacher.new_empty(0),
-    )
+def _fake_backward(grad, student, teacher, *arguments):
+    return new_gradients((student, teacher), arguments[-2:])
 
 
 def _reference(student, teacher, labels, kind, *settings):
@@ -67,28 +48,11 @@ def _reference(student, teacher, labels, kind, *settings):
 
 def _reference_backward(grad, student, teacher, labels, saved, *arguments):
     *settings, need_student, need_teacher = arguments
-    with torch.enable_grad():
-        student = student.detach().requires_grad_(need_student)
-        teacher = teacher.detach().requires_grad_(need_teacher)
-        loss = reference.logits(student, teacher, labels, *settings)
-        needed = [v for v, need in ((student, need_student), (teacher, need_teacher)) if need]
-        found = iter(torch.autograd.grad(loss, needed, grad, materialize_grads=True))
-    results = []
-    for v, need in ((student, need_student), (teacher, need_teacher)):
-        results.append(torch.empty_like(v).copy_(next(found)) if need else v.new_empty(0))
-    return tuple(results)
 
+    def call(student, teacher):
+        return reference.logits(student, teacher, labels, *settings)
 
-def _triton(*args):
-    from ..kernels import logits as kernels
-
-    return kernels.logits(*args)
-
-
-def _triton_backward(*args):
-    from ..kernels import logits as kernels
-
-    return kernels.logits_backward(*args)
+    return reference_gradients(call, (student, teacher), (need_student, need_teacher), (grad,))
 
 
 define(
@@ -97,7 +61,7 @@ define(
     " int ignore_index) -> (Tensor loss, Tensor saved)",
     _fake,
     _reference,
-    _triton,
+    kernel("logits", "logits"),
     _fake_triton,
 )
 define(
@@ -107,7 +71,7 @@ define(
     " -> (Tensor grad_student, Tensor grad_teacher)",
     _fake_backward,
     _reference_backward,
-    _triton_backward,
+    kernel("logits", "logits_backward"),
 )
 
 

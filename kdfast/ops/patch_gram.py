@@ -15,11 +15,12 @@ from torch.nn.functional import pad
 
 from .. import backend
 from ..reference import patch_gram as reference
+from ..reference._common import accumulator
 from ..reference.gram import COMPARISONS
 from ..reference.gram import gram as reference_gram
 from ..reference.patch_gram import AVERAGES, Grid
 from . import _second
-from ._define import define
+from ._define import define, new_gradients, reference_gradients
 from .gram import SAVED_ELEMENTS, gram, saved_size, workspace_size
 from .gram import _feature_side_is_cheaper as feature_side_is_cheaper
 
@@ -44,14 +45,10 @@ def _matrices(x: Tensor, grid: Grid, transposed: bool) -> _Matrices:
     return _Matrices((groups, rows, 1, 1, 1, features))
 
 
-def _accumulator(x: Tensor, y: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-
-
 def _fake(x, y, *arguments, size=saved_size):
     grid, (_, _, _, inter, feature_side, turn, save) = Grid(*arguments[:6]), arguments[6:]
     mx, my = (_matrices(v, grid, turn) for v in (x, y))
-    groups, terms, dtype = mx.shape[0], 1 + inter, _accumulator(x, y)
+    groups, terms, dtype = mx.shape[0], 1 + inter, accumulator(x, y)
     saved = (groups, size(mx, my, inter, feature_side)) if save else (0,)
     return (
         x.new_empty((terms, 3, groups), dtype=dtype),
@@ -64,12 +61,8 @@ def _fake_triton(*arguments):
     return _fake(*arguments, size=workspace_size)
 
 
-def _fake_backward(grad_products, grad_distance, x, y, saved, *arguments):
-    need_x, need_y = arguments[-2:]
-    return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(y) if need_y else y.new_empty(0),
-    )
+def _fake_backward(grad_products, grad_distance, x, y, *arguments):
+    return new_gradients((x, y), arguments[-2:])
 
 
 def _reference(x, y, *arguments):
@@ -80,18 +73,9 @@ def _reference(x, y, *arguments):
 
 
 def _reference_backward(grad_products, grad_distance, x, y, saved, *arguments):
-    grid, flags, (need_x, need_y) = Grid(*arguments[:6]), arguments[6:-2], arguments[-2:]
-    with torch.enable_grad():
-        x, y = x.detach().requires_grad_(need_x), y.detach().requires_grad_(need_y)
-        outputs = reference.patch_gram(x, y, grid, *flags)
-        needed = [v for v, need in ((x, need_x), (y, need_y)) if need]
-        found = iter(
-            torch.autograd.grad(outputs, needed, (grad_products, grad_distance), materialize_grads=True)
-        )
-    return tuple(
-        torch.empty_like(v).copy_(next(found)) if need else v.new_empty(0)
-        for v, need in ((x, need_x), (y, need_y))
-    )
+    grid, flags, needed = Grid(*arguments[:6]), arguments[6:-2], arguments[-2:]
+    grads = (grad_products, grad_distance)
+    return reference_gradients(lambda x, y: reference.patch_gram(x, y, grid, *flags), (x, y), needed, grads)
 
 
 def _blocks(x: Tensor, y: Tensor, grid: Grid) -> Iterator[slice]:
@@ -102,7 +86,7 @@ def _blocks(x: Tensor, y: Tensor, grid: Grid) -> Iterator[slice]:
         yield slice(0, count)
         return
     pixels = grid.size[0] * grid.size[1]
-    size = max(v.shape[0] * v.shape[1] for v in (x, y)) * pixels * _accumulator(x, y).itemsize
+    size = max(v.shape[0] * v.shape[1] for v in (x, y)) * pixels * accumulator(x, y).itemsize
     step = max(1, min(count // 2, count * GPU_BLOCK_BYTES // max(size, 1)))
     for begin in range(0, count, step):
         yield slice(begin, min(begin + step, count))
@@ -128,7 +112,7 @@ def _triton_backward(grad_products, grad_distance, x, y, saved, *arguments):
     from ..kernels import gram as kernels
 
     grid, (*flags, transposed, need_x, need_y) = Grid(*arguments[:6]), arguments[6:]
-    gradients = [torch.empty_like(v) if need else v.new_empty(0) for v, need in ((x, need_x), (y, need_y))]
+    gradients = new_gradients((x, y), (need_x, need_y))
     spatial = grid.average == SPATIAL
     for block in _blocks(x, y, grid):
         groups = slice(None) if spatial else block
@@ -141,7 +125,7 @@ def _triton_backward(grad_products, grad_distance, x, y, saved, *arguments):
             if need:
                 part = _join(part, _part(v, grid, block).shape, grid, transposed)
                 _part(gradient, grid, block).copy_(_resize_adjoint(part, v, grid))
-    return tuple(gradients)
+    return gradients
 
 
 def _join(view: Tensor, shape: torch.Size, grid: Grid, transposed: bool) -> Tensor:

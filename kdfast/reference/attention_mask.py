@@ -15,10 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulator(*maps: Tensor) -> torch.dtype:
-    """The type that sums run in: float64 if a map is float64, else float32."""
-    return torch.float64 if torch.float64 in [m.dtype for m in maps] else torch.float32
+from ._common import accumulator
 
 
 def attention_pool(x: Tensor, signed: bool = False) -> tuple[Tensor, Tensor]:

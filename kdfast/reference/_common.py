@@ -1,0 +1,13 @@
+"""What every reference shares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator(*tensors: Tensor | None) -> torch.dtype:
+    """The type that sums run in: float64 if a tensor is float64, else float32."""
+    return (
+        torch.float64 if any(v is not None and v.dtype == torch.float64 for v in tensors) else torch.float32
+    )
