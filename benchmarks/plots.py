@@ -78,6 +78,44 @@ def _floor(rows: Sequence[Row], path: Path) -> Path:
     return _save(figure, axes, path)
 
 
+def draw_roofline(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """roofline.png: what every float32 case reaches, by operations per byte that its formula needs."""
+    rows = [
+        r for r in rows if r["median_ms"] and r["dtype"] == "float32" and float(r["tflop_per_s"] or 0) > 0
+    ]
+    if not rows:
+        return []
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    intensities = []
+    for i, name in enumerate(provider_names(rows)):
+        found = [row for row in rows if row["provider"] == name]
+        rates = [1e3 * float(row["tflop_per_s"]) for row in found]  # GFLOP/s
+        at = [rate / float(row["gb_per_s"]) for rate, row in zip(rates, found, strict=True)]
+        intensities += at
+        marker = MARKERS.get(name, "v")
+        axes.plot(at, rates, marker, label=_name(name), color=_colour(name, i), markersize=4, alpha=0.8)
+    bandwidth, peak = (float(rows[-1][k]) for k in ("copy_gb_per_s", "matrix_tflop_per_s"))
+    x = np.geomspace(min(intensities) / 1.5, max(intensities) * 1.5, 200)
+    axes.plot(x, np.minimum(bandwidth * x, 1e3 * peak), color="black", linewidth=1, label="ceilings")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte of the formula, forward + backward")
+    axes.set_ylabel("GFLOP/s reached (operations of the formula over time)")
+    axes.set_title(
+        f"{rows[-1]['device']}: copy {bandwidth:.0f} GB/s, float32 product {peak:.3g} TFLOP/s; data in cache can pass",
+        fontsize=9,
+        loc="left",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return [_save(figure, axes, folder / "roofline.png")]
+
+
 def _figure(rows: Sequence[Row], labels: list[str], height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -74,7 +74,7 @@ def slug(name: str) -> str:
 
 
 def _commit() -> str:
-    """The commit, with -dirty where code differs from it; results and the README's tables are no code."""
+    """The last commit that touched code, with -dirty where code differs from it; results and texts are no code."""
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent.parent
@@ -82,9 +82,10 @@ def _commit() -> str:
             ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
         ).stdout.strip()
 
+    code = (".", ":!benchmarks/results", ":!*.md")
     try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+        commit = git("log", "-1", "--format=%H", "--", *code)[:12]
+        changed = git("status", "--porcelain", "--", *code)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}-dirty" if changed else commit
@@ -116,6 +117,12 @@ def write(rows: Sequence[Row], folder: Path, suite: Iterable[tuple[str, str, str
 def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def measured(folder: Path, commit: str) -> set[tuple[str, str, str, str]]:
+    """(family, case, dtype, layout) of what ``folder`` holds of this commit."""
+    rows = [row for path in folder.glob("*.csv") for row in read(path)]
+    return {_place(row) for row in rows if row["commit"] == commit}
 
 
 def _key(row: Row) -> tuple[str, ...]:

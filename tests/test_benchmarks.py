@@ -107,6 +107,20 @@ def test_files_and_table(rows, tmp_path):
         report.update_readme(readme, "benchmarks:cuda", text)
 
 
+def test_a_run_that_ran_out_of_time_is_resumed(tmp_path, capsys):
+    # --minutes 0 starts no case: what is left is named, and nothing that was measured is measured again.
+    command = ["--device", "cpu", "--op", "direction", "--provider", "cpu", "--quick", "--out", str(tmp_path)]
+    assert main([*command, "--case", "[128, 64]", "--commit", "abc"]) == 0
+    assert main([*command, "--resume", "--minutes", "0", "--commit", "abc"]) == 0
+    cases = select(["direction"])
+    assert f"out of time: {len(cases) - 1} cases" in capsys.readouterr().out
+    assert main([*command, "--resume", "--minutes", "0", "--commit", "def"]) == 0
+    assert f"out of time: {len(cases)} cases" in capsys.readouterr().out
+    (folder,) = tmp_path.iterdir()
+    assert {row["case"] for row in report.read(folder / "direction.csv")} == {cases[0].name}
+    assert (folder / "roofline.png").stat().st_size > 0
+
+
 def test_peak_memory_sees_every_allocation():
     kept = torch.zeros(1 << 20)
     peak = memory.peak(lambda: (torch.ones(1 << 22).sum(), kept.sum()), CPU)
