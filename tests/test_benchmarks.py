@@ -159,4 +159,4 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert main([*options, str(tmp_path)]) == 0
     assert "logit cka [128, 100]" in capsys.readouterr().out
     assert len(list(tmp_path.glob("*/gram.csv"))) == 1
-    assert len(list(tmp_path.glob("*/*.png"))) == 2
+    assert len(list(tmp_path.glob("*/*.png"))) == 3
