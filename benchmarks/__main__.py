@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import plots, report
 from .case import KDFAST
-from .cases import select
+from .cases import HEADLINES, select
 from .ceilings import Ceilings
 from .measure import measure
 
@@ -36,7 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after these")
     parser.add_argument("--rounds", type=int, help="how often the providers take turns (7)")
     parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="%(default)s")
-    parser.add_argument("--readme", action="store_true", help="rewrite this device's tables in README.md")
+    parser.add_argument("--readme", action="store_true", help="rewrite this device's table in README.md")
     parser.add_argument("--commit", help="what was measured, where the folder is no git checkout")
     parser.add_argument("--list", action="store_true", help="print the cases and measure nothing")
     options = parser.parse_args(arguments)
@@ -95,9 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
         stored = report.read(path)
         print(f"\n{report.summary(stored)}")
         written += plots.draw(stored, folder, path.stem)
-    written += plots.draw_roofline(
-        [row for path in sorted(folder.glob("*.csv")) for row in report.read(path)], folder
-    )
+    everything = [row for path in sorted(folder.glob("*.csv")) for row in report.read(path)]
+    headlines = report.headlines(folder, HEADLINES)
+    written += [report.write_tables(folder), *plots.draw_roofline(everything, folder)]
+    written += plots.draw_headlines(headlines, folder)
     failed = [row for row in rows if row["status"] != "ok" or row.get("note")]
     for row in failed:
         print(f"{row['status']}: {report.label(row)}, {row['provider']}: {row['note']}")
@@ -105,15 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nout of time: {left} cases were not measured; the same command with --resume takes them up")
     print("\nwritten:", *(report.relative(path) for path in written))
     if options.readme:
-        _readme(folder, options.device)
+        rows_shown = [row for providers in headlines.values() for row in providers.values()]
+        text = f"{report.headline_table(headlines)}\n\n{report.setting(rows_shown)}"
+        report.update_readme(ROOT.parent / "README.md", f"benchmarks:{options.device}", text)
     return int(any(row["status"] == "wrong" and row["provider"] in KDFAST for row in failed))
-
-
-def _readme(folder: Path, device: str) -> None:
-    texts = [
-        f"### {path.stem}\n\n{report.summary(report.read(path))}" for path in sorted(folder.glob("*.csv"))
-    ]
-    report.update_readme(ROOT.parent / "README.md", f"benchmarks:{device}", "\n\n".join(texts))
 
 
 if __name__ == "__main__":

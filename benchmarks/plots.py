@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .report import Row, by_case, provider_names
+from .report import Row, by_case, fastest, provider_names
 
 COLOURS = {
     "naive": "#b8b8b8",
@@ -15,6 +15,7 @@ COLOURS = {
     "triton": "#2f6690",
     "cuda": "#16425b",
 }
+HEADLINE = {"naive": "published code", "eager": "eager PyTorch", "compile": "torch.compile"}
 MARKERS = {"naive": "x", "eager": "s", "compile": "D", "cpu": "o", "triton": "o", "cuda": "^"}
 
 
@@ -76,6 +77,39 @@ def _floor(rows: Sequence[Row], path: Path) -> Path:
         f"({float(one['matrix_tflop_per_s']):.3g} TFLOP/s in float32), over the time measured"
     )
     return _save(figure, axes, path)
+
+
+def draw_headlines(headlines: dict[str, dict[str, Row]], folder: Path) -> list[Path]:
+    """headlines.png: how many times as long published code, eager PyTorch and torch.compile take."""
+    import numpy as np
+
+    cases = {name: (found, fastest(found)) for name, found in headlines.items()}
+    if not cases:
+        return []
+    providers, rows = ("naive", "eager", "compile"), [ours for _, ours in cases.values()]
+    figure, axes = _figure(rows, list(cases), height=0.55)
+    thickness = 0.26
+    for i, provider in enumerate(providers):
+        at, ratios = [], []
+        for place, (found, ours) in enumerate(cases.values()):
+            if provider in found:
+                at.append(place + (i - 1) * thickness)
+                ratios.append(float(found[provider]["median_ms"]) / float(ours["median_ms"]))
+        axes.barh(
+            at,
+            np.array(ratios) - 1,
+            thickness * 0.9,
+            left=1,
+            label=HEADLINE[provider],
+            color=_colour(provider, i),
+        )
+        for y, ratio in zip(at, ratios, strict=True):
+            axes.text(max(ratio, 1) * 1.04, y, f"{ratio:.3g}x", va="center", fontsize=7)
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times as long as kdfast, forward + backward (logarithmic)")
+    axes.margins(x=0.12)
+    return [_save(figure, axes, folder / "headlines.png")]
 
 
 def draw_roofline(rows: Sequence[Row], folder: Path) -> list[Path]:

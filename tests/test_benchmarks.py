@@ -9,7 +9,7 @@ import kdfast
 from benchmarks import memory, report
 from benchmarks.__main__ import main
 from benchmarks.case import Baseline, Case, pair
-from benchmarks.cases import select
+from benchmarks.cases import HEADLINES, select
 from benchmarks.ceilings import Ceilings
 from benchmarks.measure import measure
 
@@ -127,6 +127,23 @@ def test_peak_memory_sees_every_allocation():
     if peak is None:
         pytest.skip("this system does not report peak memory")
     assert peak == pytest.approx(1 << 24, rel=0.05)
+
+
+def test_headlines_are_cases_and_make_the_table(rows, tmp_path):
+    keys = {case.key for case in select()}
+    assert all((*place, "float32", "contiguous") in keys for place in HEADLINES)
+    facts = {"device": "A CPU", "commit": "abc", "torch": "2", "date": "2025-01-01", "triton": ""}
+    facts |= {"copy_gb_per_s": 10.0, "matrix_tflop_per_s": 0.1}
+    report.write(
+        [facts | row for row in rows.values()], tmp_path, [("gram", "small", "float32", "contiguous")]
+    )
+    found = report.headlines(tmp_path, {("gram", "small"): "CKA, small", ("gram", "gone"): "gone"})
+    ours = "cpu" if rows["cpu"]["status"] == "ok" else None
+    assert list(found) == (["CKA, small"] if ours else [])
+    if ours:
+        line = report.headline_table(found).splitlines()[-1]
+        assert line.startswith("| CKA, small | - | ") and line.count("|") == 7
+    assert "| small |" in report.write_tables(tmp_path).read_text()
 
 
 def test_suite_is_well_formed():
