@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import attention, direction, gram, logits, pcka
+from . import affinity, attention, direction, gram, logits, pcka
 
 FAMILIES = {
+    "affinity": affinity,
     "gram": gram,
     "pcka": pcka,
     "attention": attention,
