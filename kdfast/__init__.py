@@ -17,6 +17,7 @@ from .backend import info, use_backend
 from .class_means import ClassMeans, compute_class_means
 from .losses.attention import AttentionGuidedLoss, attention_masks
 from .losses.crd import CRDLoss
+from .losses.criss_cross import criss_cross_attention
 from .losses.direction import (
     DirectionLoss,
     DirectionNormLoss,
@@ -69,6 +70,7 @@ __all__ = [
     "SimilarityPreservingLoss",
     "attention_masks",
     "compute_class_means",
+    "criss_cross_attention",
     "direction_norm_loss",
     "gram_products",
     "imitation_mask",

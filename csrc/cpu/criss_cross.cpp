@@ -1,5 +1,7 @@
-// Op criss_cross on the CPU: checks and threads. A row pass, then a column pass that adds to its results: every
-// result is written by one thread per pass. Formulas: kdfast/reference/criss_cross.py.
+// Op criss_cross on the CPU: checks and threads. A row pass, then a column pass that adds to its results:
+// every result is written by one thread per pass. Formulas: kdfast/reference/criss_cross.py.
+
+#include "cpu/criss_cross.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -11,7 +13,6 @@
 #include "common/gradient.h"
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "cpu/criss_cross.h"
 #include "cpu/criss_cross_ops.h"
 
 namespace kd {
@@ -24,7 +25,7 @@ namespace {
 using torch::stable::Tensor;
 
 // Neighbouring image columns that are worked on together: they share lines of the cache.
-constexpr int64_t kColumns = 8;
+constexpr int64_t kColumns = 4;
 constexpr int64_t kTask = 1 << 20;  // multiply-adds for a thread to be worth its start
 
 template <class A>
@@ -94,8 +95,8 @@ void run(const Maps& maps, A* lse, A* delta, bool is_backward) {
     parallel_for(0, images * blocks, grain, [&](int64_t begin, int64_t end) {
       const int64_t elements = kernels<A>().workspace(call, step, is_backward);
       const size_t bytes = (static_cast<size_t>(elements) * sizeof(A) + 63) / 64 * 64;
-      const std::unique_ptr<A, decltype(&std::free)> workspace(
-          static_cast<A*>(std::aligned_alloc(64, bytes)), &std::free);
+      const std::unique_ptr<A, decltype(&std::free)> workspace(static_cast<A*>(std::aligned_alloc(64, bytes)),
+                                                               &std::free);
       KD_CHECK(workspace, "criss_cross: out of memory for a workspace of ", bytes, " bytes");
       const auto pass = is_backward ? kernels<A>().backward : kernels<A>().forward;
       for (int64_t i = begin; i < end; ++i) {
@@ -119,7 +120,8 @@ Tensor statistics(const Tensor& x) {
 }
 
 void check_inputs(const Tensor& query, const Tensor& key, const Tensor& value) {
-  KD_CHECK(query.dim() == 4 && value.dim() == 4, "criss_cross: query and value need 4 axes [B, channels, H, W]");
+  KD_CHECK(query.dim() == 4 && value.dim() == 4,
+           "criss_cross: query and value need 4 axes [B, channels, H, W]");
   check(query, query, query.size(1), "query");
   check(key, query, query.size(1), "key");
   check(value, query, value.size(1), "value");
@@ -147,7 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> criss_cross_backward_cpu(const Tensor& grad_o
   check(out, query, value.size(1), "out");
   Tensor grad_query = new_gradient(query, need_query), grad_key = new_gradient(key, need_key),
          grad_value = new_gradient(value, need_value);
-  if (value.numel() == 0 || !(need_query || need_key || need_value)) return {grad_query, grad_key, grad_value};
+  if (value.numel() == 0 || !(need_query || need_key || need_value))
+    return {grad_query, grad_key, grad_value};
   KD_CHECK(lse.is_contiguous() && lse.numel() == value.size(0) * value.size(2) * value.size(3),
            "criss_cross: lse must be the forward's, [B, H, W]");
   const bool need_scores = need_query || need_key;

@@ -20,10 +20,10 @@ template <class A>
 struct CrissCrossCall {
   CrissCrossType dtype;
   CrissCrossMap query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-  int64_t lines, length;        // cells of a line
-  int64_t channels, values;     // of query and key, of value
-  bool column;                  // the second pass: leaves a position's own cell out, and adds to the first's results
-  A *lse, *delta;               // [images, H, W]; the forward's row pass leaves its own log-sum-exp
+  int64_t lines, length;     // cells of a line
+  int64_t channels, values;  // of query and key, of value
+  bool column;     // the second pass: leaves a position's own cell out, and adds to the first's results
+  A *lse, *delta;  // [images, H, W]; the forward's row pass leaves its own log-sum-exp
   int64_t image_step, line_step, position_step;  // of lse and delta
 };
 

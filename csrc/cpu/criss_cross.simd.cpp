@@ -70,9 +70,7 @@ struct Lines {
       f(p, ahead);
     }
   }
-  int64_t bytes() const {
-    return __is_same(A, double) ? 8 : call.dtype == CrissCrossType::f32 ? 4 : 2;
-  }
+  int64_t bytes() const { return __is_same(A, double) ? 8 : call.dtype == CrissCrossType::f32 ? 4 : 2; }
 
   void pack(const CrissCrossMap& map, const Part& p, A* to) const {
     typed<A>(call.dtype, [&]<class T>(T) { pack_as<T, A>(map, p, n, to, ld); });
@@ -86,8 +84,7 @@ struct Lines {
   }
 
   // scores [n, n] of every line = (add ? scores : 0) + left^T right, of tiles [channels, n].
-  void add_scores(const A* left, const A* right, int64_t channels, bool add, A* scores,
-                  Ahead& ahead) const {
+  void add_scores(const A* left, const A* right, int64_t channels, bool add, A* scores, Ahead& ahead) const {
     for (int64_t l = 0; l < count; ++l) {
       const int64_t at = l * channels * ld;
       multiply<A, true>(left + at, ld, right + at, ld, n, width, channels, add, scores + l * n * ld, ld,
@@ -95,12 +92,10 @@ struct Lines {
     }
   }
   // The tile `to` [channels, n] of every line = (add ? to : 0) + from * scores.
-  void apply(const A* from, const A* scores, int64_t channels, bool add, A* to,
-             Ahead& ahead) const {
+  void apply(const A* from, const A* scores, int64_t channels, bool add, A* to, Ahead& ahead) const {
     for (int64_t l = 0; l < count; ++l) {
       const int64_t at = l * channels * ld;
-      multiply<A, false>(from + at, ld, scores + l * n * ld, ld, channels, width, n, add, to + at, ld,
-                         ahead);
+      multiply<A, false>(from + at, ld, scores + l * n * ld, ld, channels, width, n, add, to + at, ld, ahead);
     }
   }
 

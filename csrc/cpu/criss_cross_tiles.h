@@ -20,8 +20,8 @@ template <class A>
 inline void transpose4(const A* from, int64_t ld_from, A* to, int64_t ld_to) {
 #if defined(__SSE__)
   if constexpr (sizeof(A) == 4) {
-    __m128 r0 = _mm_loadu_ps(from), r1 = _mm_loadu_ps(from + ld_from),
-           r2 = _mm_loadu_ps(from + 2 * ld_from), r3 = _mm_loadu_ps(from + 3 * ld_from);
+    __m128 r0 = _mm_loadu_ps(from), r1 = _mm_loadu_ps(from + ld_from), r2 = _mm_loadu_ps(from + 2 * ld_from),
+           r3 = _mm_loadu_ps(from + 3 * ld_from);
     _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
     _mm_storeu_ps(to, r0), _mm_storeu_ps(to + ld_to, r1);
     _mm_storeu_ps(to + 2 * ld_to, r2), _mm_storeu_ps(to + 3 * ld_to, r3);
@@ -146,8 +146,8 @@ void unpack_as(const A* tile, int64_t ld, const CrissCrossMap& map, const Part& 
   }
 }
 
-// Cache lines of parts of maps that come next, asked for a few at a time while products run: processors do not
-// foresee them, and waiting for them would take as long as the products.
+// Cache lines of parts of maps that come next, asked for a few at a time while products run: processors do
+// not foresee them, and waiting for them would take as long as the products.
 class Ahead {
  public:
   void add(const CrissCrossMap& map, const Part& p, int64_t length, int64_t element_bytes) {
@@ -262,8 +262,9 @@ void multiply(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t rows, 
       if (used + inner > queued && inner <= kQueue) queued = ahead.take(queue, kQueue), used = 0;
       const bool some = used + inner <= queued;
       const char* const* const next = some ? queue + used : &nothing;
-      (wide ? product_rows<A, kTransposed, kVectors> : product_rows<A, kTransposed, 1>)(
-          rows - r, a + r * a_step, ld_a, b + j, ld_b, inner, add, c + r * ld_c + j, ld_c, next, some);
+      (wide ? product_rows<A, kTransposed, kVectors>
+            : product_rows<A, kTransposed, 1>)(rows - r, a + r * a_step, ld_a, b + j, ld_b, inner, add,
+                                               c + r * ld_c + j, ld_c, next, some);
       if (some) used += inner;
     }
     j += (wide ? kVectors : 1) * kLanes<A>;
