@@ -33,10 +33,10 @@ def on_backend(request):
         (2, 3, 5, 7, 1),
         (1, 4, 3, 2, 2),
         (2, 8, 64, 9, 13),
-        (1, 19, 50, 17, 33),  # more channels than a block
+        (1, 19, 50, 6, 21),  # more channels than a block
         (3, 5, 7, 40, 6),
         (1, 2, 3, 5, 130),  # rows of a padded length
-        (1, 32, 70, 32, 32),
+        (1, 9, 23, 16, 16),  # whole vectors
     ],
 )
 def test_matches_brute_force(shape, channels_last):
@@ -84,7 +84,7 @@ def test_equal_scores_average(on_backend):
     step=st.integers(1, 2),
     order=st.permutations(range(4)),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_strides(sizes, step, order):
     def strided(v):
         for axis in range(4):
@@ -122,7 +122,7 @@ def test_nan_stays_in_its_row_and_column():
 
 
 def test_gradcheck_and_second_backward(on_backend):
-    tensors = [v.requires_grad_() for v in inputs((2, 3, 2, 3, 5), torch.float64)]
+    tensors = [v.requires_grad_() for v in inputs((1, 2, 2, 3, 4), torch.float64)]
     assert torch.autograd.gradcheck(criss_cross, tensors)
     assert torch.autograd.gradgradcheck(criss_cross, tensors)
 

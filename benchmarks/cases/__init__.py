@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import attention, direction, gram, logits, pcka
+from . import attention, criss_cross, direction, gram, logits, pcka
 
 FAMILIES = {
     "gram": gram,
     "pcka": pcka,
     "attention": attention,
+    "criss_cross": criss_cross,
     "direction": direction,
     "logits": logits,
 }

@@ -202,14 +202,18 @@ def _map(x: Tensor, column: bool) -> Map:
 
 
 def _config(x: Tensor, channels: int, column: bool) -> tuple[Config, dict[str, int]]:
-    """Tiles: the sums of a program and one step of its products fit the registers, on FMA units (ieee) too."""
-    kind = precision(x.dtype)
-    wide = x.dtype == torch.float64
-    n = x.shape[2 if column else 3]
-    cells = max(16, min(triton.next_power_of_2(n), 16 if wide else 32 if kind == "ieee" else 64))
-    most = max(16, min(triton.next_power_of_2(channels), 16 if wide else 32 if kind == "ieee" else 64))
-    acc = tl.float64 if wide else tl.float32
-    return Config(cells, cells, 16 if wide else 32, most, column, acc, kind), options(4)
+    """Tiles whose sums, and one step of whose products, fit the registers; on FMA units (ieee) they are smaller."""
+    kind, n = precision(x.dtype), x.shape[2 if column else 3]
+    own, other, inner, most = (64, 32, 32, 64) if kind == "tf32" else (32, 32, 16, 32)
+    acc = tl.float32
+    if x.dtype == torch.float64:
+        own, other, inner, most, acc = 16, 16, 16, 16, tl.float64
+
+    def at_most(size: int, needed: int) -> int:
+        return max(16, min(size, triton.next_power_of_2(needed)))
+
+    c = Config(at_most(own, n), at_most(other, n), inner, at_most(most, channels), column, acc, kind)
+    return c, options(8 if c.own == 64 else 4)
 
 
 class _Call:
