@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 
 #include "common/dtype.h"
@@ -24,8 +25,9 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Neighbouring image columns that are worked on together: they share lines of the cache.
-constexpr int64_t kColumns = 4;
+// Neighbouring lines that are worked on together: image rows in one piece of memory, image columns that share
+// lines of the cache. As many columns as leave a workspace within 1/kShare of the scores in float32.
+constexpr int64_t kRowsTogether = 4, kColumnsTogether[] = {16, 8, 4}, kShare = 24;
 constexpr int64_t kTask = 1 << 20;  // multiply-adds for a thread to be worth its start
 
 template <class A>
@@ -67,9 +69,18 @@ CrissCrossMap map_of(const Tensor* x, bool column) {
           x->size(position) == 1 ? 1 : x->stride(position)};
 }
 
-// Column blocks help where columns are neighbours in memory and channels are not.
-int64_t lines_at_once(const Tensor& x, bool column) {
-  return x.stride(3) == 1 && x.stride(2) != 1 ? kColumns : 1;
+// Depends on shapes and strides only, so that results do not depend on the number of threads.
+template <class A>
+int64_t lines_together(const Tensor& value, const CrissCrossCall<A>& call, bool is_backward) {
+  if (value.stride(3) != 1 || value.stride(2) == 1) return 1;
+  if (!call.column) return kRowsTogether;
+  const int64_t scores = 4 * value.size(0) * value.size(2) * value.size(3) * (value.size(2) + value.size(3));
+  for (const int64_t columns : kColumnsTogether) {
+    const int64_t bytes =
+        kernels<A>().workspace(call, columns, is_backward) * static_cast<int64_t>(sizeof(A));
+    if (bytes * kShare <= scores) return columns;
+  }
+  return std::end(kColumnsTogether)[-1];
 }
 
 template <class A>
@@ -89,7 +100,7 @@ void run(const Maps& maps, A* lse, A* delta, bool is_backward) {
     call.column = column, call.lse = lse, call.delta = delta;
     call.image_step = height * width, call.line_step = column ? 1 : width;
     call.position_step = column ? width : 1;
-    const int64_t step = lines_at_once(value, column), blocks = (call.lines + step - 1) / step;
+    const int64_t step = lines_together(value, call, is_backward), blocks = (call.lines + step - 1) / step;
     const int64_t work = step * call.length * call.length * (call.channels + call.values);
     const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(work, 1));
     parallel_for(0, images * blocks, grain, [&](int64_t begin, int64_t end) {
