@@ -180,7 +180,9 @@ class AttentionGuidedLoss(Loss):
         signed = self.pooling == "signed"
         if layer is None:
             weight = self.transfer_weight
-            return attention_mask(student, teacher, transfer_weight=weight, signed=signed, **settings)[0]
+            return attention_mask(
+                student, teacher, transfer_weight=weight, signed=signed, pooled=False, **settings
+            )[0]
         layer.check(student, teacher)
         adapted = layer.feature(student)
         if student.shape == teacher.shape:
@@ -188,7 +190,7 @@ class AttentionGuidedLoss(Loss):
                 student, teacher, adapted, transfer_weight=0.0, signed=signed, **settings
             )
         else:
-            loss, *_ = attention_mask(adapted, teacher, transfer_weight=0.0, **settings)
+            loss, *_ = attention_mask(adapted, teacher, transfer_weight=0.0, pooled=False, **settings)
             pooled = [attention_pool(v, signed=signed) for v in (student, teacher)]
             spatial, channel = ([p[i][-1] for p in pooled] for i in (0, 1))
         transfer = torch.dist(layer.spatial(spatial[0]), spatial[1])
