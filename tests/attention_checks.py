@@ -44,7 +44,9 @@ def run(call, inputs: list[Tensor | None], dtype: torch.dtype | None = None) -> 
     # Like empty_like of a map that does not fill its memory, a copy by `to` may be laid out anew: keep what came.
     needed = [v.requires_grad_() for v in inputs if v is not None]
     value, distances, *pooled = call(*inputs)
-    outputs = {"loss": value, "distances": distances} | dict(zip(("spatial", "channel"), pooled, strict=False))
+    outputs = {"loss": value, "distances": distances} | dict(
+        zip(("spatial", "channel"), pooled, strict=False)
+    )
     if pooled:
         value = value + 0.3 * pooled[0].sin().sum() + 0.2 * pooled[1].cos().sum()
     names = ("student", "teacher", "adapted")

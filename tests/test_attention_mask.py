@@ -232,10 +232,12 @@ def test_opcheck(through):
     ops = torch.ops.kdfast
     for adapted in (None, z):
         torch.library.opcheck(ops.attention_mask.default, (x, y, adapted, *chosen))
-    for settings in (chosen, chosen._replace(pairs=through)):
-        loss, terms, *small = ops.attention_mask(x, y, None, *settings)
+    for variant in (chosen, chosen._replace(pairs=through)):
+        loss, terms, *small = ops.attention_mask(x, y, None, *variant)
         given = [v[:, 0] for v in small[:2]]
-        torch.library.opcheck(ops.attention_mask_backward.default, (x, y, loss, terms, *small, *given, 0, True))
+        torch.library.opcheck(
+            ops.attention_mask_backward.default, (x, y, loss, terms, *small, *given, 0, True)
+        )
     nothing = (None,) * 7
     torch.library.opcheck(ops.attention_mask_backward.default, (x, *nothing, *given, 1, True))
     torch.library.opcheck(ops.attention_pool.default, (x, through))

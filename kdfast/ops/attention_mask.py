@@ -8,38 +8,18 @@ the caller or gradients through the masks need it.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend
+from ..kernels import attention_mask_cuda
 from ..reference import attention_mask as reference
 from ..reference._common import accumulator
+from ..reference.attention_mask import Settings
 from . import _second
 from ._define import define, kernel
-
-
-class Settings(NamedTuple):
-    """The op's arguments after the maps.
-
-    ``through``: also return what gradients through the masks need; ``pairs``: return pooled attention of student and
-    teacher, not only its difference (``through`` needs it).
-    """
-
-    temperature: float
-    transfer_weight: float
-    masked_weight: float
-    softmax_of_sum: bool
-    channel_mask: bool
-    signed: bool
-    through: bool
-    pairs: bool
-
-    @property
-    def kept(self) -> tuple[int, int]:
-        """Leading axes of the pooled attention that is returned: means of |A| and of A or what L_AT compares, maps."""
-        return 1 + (self.signed and self.through), 1 + self.pairs
 
 
 def _fake_pool(x, signed):
@@ -113,7 +93,18 @@ def _reference_distance(x, y, spatial_mask, channel_mask):
 
 
 def _reference_backward(
-    x, other, grad_loss, terms, spatial, channel, spatial_mask, channel_mask, grad_spatial, grad_channel, side, signed
+    x,
+    other,
+    grad_loss,
+    terms,
+    spatial,
+    channel,
+    spatial_mask,
+    channel_mask,
+    grad_spatial,
+    grad_channel,
+    side,
+    signed,
 ):
     b, c, h, w = x.shape
     dtype = accumulator(x) if other is None else accumulator(x, other)
@@ -314,7 +305,7 @@ class _MaskedDistance(torch.autograd.Function):
 
 def attention_pool(x: Tensor, *, signed: bool = False) -> tuple[Tensor, Tensor]:
     """Means of |x| (and of x) over channels and pixels; see :func:`kdfast.reference.attention_mask.attention_pool`."""
-    chosen = backend.choose("attention_pool", x.device.type, ("triton",))
+    chosen = _choose("attention_pool", x)
     if chosen == "reference":
         return reference.attention_pool(x, signed)
     return _Pool.apply(x, signed, chosen == "triton")
@@ -324,7 +315,7 @@ def masked_distance(x: Tensor, y: Tensor, spatial_mask: Tensor, channel_mask: Te
     """(sum of M^s M^c (x - y)²)^½; see the reference. Differentiable in x and y; the masks are constants."""
     x, y = _one_dtype(x, y)
     masks = [m.detach().to(accumulator(x)).contiguous() for m in (spatial_mask, channel_mask)]
-    chosen = backend.choose("masked_distance", x.device.type, ("triton",))
+    chosen = _choose("masked_distance", x)
     if chosen == "reference":
         return reference.masked_distance(x, y, *masks)
     return _MaskedDistance.apply(x, y, *masks, chosen == "triton")
@@ -350,7 +341,7 @@ def attention_mask(
     """
     student, teacher, adapted = _one_dtype(student, teacher, adapted)
     weights = (temperature, transfer_weight, masked_weight)
-    chosen = backend.choose("attention_mask", student.device.type, ("triton",))
+    chosen = _choose("attention_mask", student)
     if chosen == "reference":
         flags = (softmax_of_sum, channel_mask, signed, detach_mask)
         found = reference.attention_mask(student, teacher, adapted, *weights, *flags)
@@ -360,6 +351,13 @@ def attention_mask(
         *map(float, weights), softmax_of_sum, channel_mask, signed, through, pooled or through
     )
     return _AttentionMask.apply(student, teacher, adapted, settings, chosen == "triton")
+
+
+def _choose(op: str, x: Tensor) -> str:
+    order = ("cuda", "triton") if attention_mask_cuda.is_small(x) else ("triton", "cuda")
+    return backend.choose(
+        op, x.device.type, order, lambda name: attention_mask_cuda.unsupported(x) if name == "cuda" else None
+    )
 
 
 def _one_dtype(*maps: Tensor | None) -> list[Tensor | None]:
