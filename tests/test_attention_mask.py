@@ -273,3 +273,12 @@ def test_wrong_maps_are_refused():
         torch.ops.kdfast.attention_pool(x[0], False)
     with pytest.raises(RuntimeError, match="float32"):
         torch.ops.kdfast.attention_pool(x.int(), False)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("signed", [False, True])
+def test_large_maps_in_one_pass(signed, channels_last):
+    """From 24 MB on, without a channel mask, pooling and masked error are one pass."""
+    made = [layouts["channels_last"](v) if channels_last else v for v in maps(2, 48, 129, 256)]
+    assert 2 * made[0].nbytes >= 24 << 20
+    check("cpu", *made, **SETTINGS[0] | {"signed": signed})

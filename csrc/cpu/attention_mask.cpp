@@ -2,9 +2,9 @@
 // kdfast/reference/attention_mask.py.
 //
 // A chunk's sums over channels stay in the L1 cache and are final; its sums over pixels, C numbers, are added
-// up over the chunks in order. Without a channel mask the errors of a block of rows are summed while both
-// maps of it are in the L2 cache, so that the forward reads memory once; else their channels' weights need
-// the pooled maps first.
+// up over the chunks in order. The masked error waits for the pooled maps, whose weights it has. Where
+// channels have no weights, large maps are read once: the errors of a block of rows are summed while it is in
+// the L2 cache, and weighted pixel by pixel afterwards.
 
 #include <cmath>
 #include <memory>
@@ -18,7 +18,9 @@ using namespace attention;
 namespace {
 
 constexpr int64_t kRowBlock =
-    32;                         // channels of a chunk (planar) that are pooled before their errors are summed
+    32;  // channels of a chunk (planar) that are pooled before their errors are summed
+// Bytes of two maps from which on one pass is worth its larger temporaries: fewer stay in the last cache.
+constexpr int64_t kUncached = 24 << 20;
 constexpr int64_t kSteps = 64;  // pixels whose channels_last rows are added at once: more lose digits
 
 Tensor empty(const Tensor& like, std::vector<int64_t> size) {
@@ -226,7 +228,8 @@ void forward(const Tensor& student, const Tensor& teacher, const Tensor& compare
   const MapDtype dtype = dtype_of(student);
   const Map x(student, s), y(teacher, s), z(compared, s);
   const int64_t pixels = s.batch * s.pixels, channels = s.batch * s.channels;
-  const bool one_pass = !set.channel_mask && !set.through;
+  const int64_t bytes = 2 * student.numel() * static_cast<int64_t>(student.element_size());
+  const bool one_pass = !set.channel_mask && !set.through && bytes >= kUncached;
   const bool keeps_absolute = set.pairs && (!set.with_signed || set.through);
   const int64_t last = set.with_signed && set.through ? 2 : 0;  // maps before those that L_AT compares
   Scratch<A> scratch;
