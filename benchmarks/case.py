@@ -51,6 +51,8 @@ class Case:
         op: the op of kdfast that computes it, where it is not named as the family.
         baselines: further providers by name.
         memory: bytes of temporaries of the reference in float32.
+        conditioning: how much a rounding error of intermediate sums grows on its way to the gradients; a softmax of
+            G / T multiplies it by G / T.
     """
 
     family: str
@@ -66,6 +68,7 @@ class Case:
     op: str = ""
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     memory: int = 0
+    conditioning: float = 1.0
 
     @property
     def dtype_name(self) -> str:

@@ -104,7 +104,8 @@ def _truth(case: Case, inputs: Sequence[Tensor], device: torch.device) -> tuple[
     with eager.context():
         truth = step(case.loss, exact)
         errors = _errors(step(case.loss, inputs), truth)
-    rounding = [FLOOR, *(FLOOR + torch.finfo(x.dtype).eps for x in inputs if x.requires_grad)]
+    floor = FLOOR * case.conditioning
+    rounding = [FLOOR, *(floor + torch.finfo(x.dtype).eps for x in inputs if x.requires_grad)]
     return truth, [2 * error + floor for error, floor in zip(errors, rounding, strict=True)]
 
 

@@ -13,6 +13,7 @@
 #include "cpu/logits_ops.h"
 #include "cpu/patch_gram.h"
 #ifdef KD_WITH_CUDA
+#include "cuda/attention_mask_ops.h"
 #include "cuda/gram_ops.h"
 #endif
 
@@ -37,6 +38,10 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
 
 #ifdef KD_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
+  m.impl("attention_mask", TORCH_BOX(&kd::attention_mask_cuda));
+  m.impl("attention_mask_backward", TORCH_BOX(&kd::attention_mask_backward_cuda));
+  m.impl("attention_pool", TORCH_BOX(&kd::attention_pool_cuda));
+  m.impl("masked_distance", TORCH_BOX(&kd::masked_distance_cuda));
   m.impl("gram", TORCH_BOX(&kd::gram_cuda));
   m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cuda));
 }

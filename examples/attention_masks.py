@@ -89,7 +89,10 @@ def draw(image: Tensor, student: Tensor, teacher: Tensor, path: Path) -> None:
         for axis, temperature in zip(row[1:], TEMPERATURES, strict=True):
             mask, _ = attention_masks(student, teacher, temperature=temperature, mode=mode)
             shown = axis.imshow(mask[0, 0], cmap="magma", norm=LogNorm(0.1, 10))
-            axis.set_title(f"T = {temperature}: {mask.min():.2f} to {mask.max():.1f}")
+            title = f"T = {temperature}: {mask.min():.2f} to {mask.max():.2f}"
+            axis.set_title(title)
+            if mode == "mean_of_softmax":
+                print(title)
         row[1].set_ylabel(label)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])

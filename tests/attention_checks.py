@@ -43,11 +43,14 @@ def run(call, inputs: list[Tensor | None], dtype: torch.dtype | None = None) -> 
     inputs = [None if v is None else v.detach().to(dtype or v.dtype) for v in inputs]
     # Like empty_like of a map that does not fill its memory, a copy by `to` may be laid out anew: keep what came.
     needed = [v.requires_grad_() for v in inputs if v is not None]
-    loss, distances, spatial, channel = call(*inputs)
-    value = loss + 0.3 * spatial.sin().sum() + 0.2 * channel.cos().sum()
+    value, distances, *pooled = call(*inputs)
+    outputs = {"loss": value, "distances": distances} | dict(
+        zip(("spatial", "channel"), pooled, strict=False)
+    )
+    if pooled:
+        value = value + 0.3 * pooled[0].sin().sum() + 0.2 * pooled[1].cos().sum()
     names = ("student", "teacher", "adapted")
     gradients = dict(zip(names, torch.autograd.grad(value, needed), strict=False))
-    outputs = {"loss": loss, "distances": distances, "spatial": spatial, "channel": channel}
     return {k: v.detach() for k, v in (outputs | gradients).items()}
 
 
@@ -66,18 +69,18 @@ def compare(found: dict, expected: dict, truth: dict, floor: float) -> None:
 def check(
     backend: str, student: Tensor, teacher: Tensor, adapted: Tensor, *, floor: float = 3e-6, **settings
 ) -> None:
-    """With and without an adapted map: all outputs and gradients against the reference in float64.
+    """With and without an adapted map and pooled attention: all outputs and gradients against the float64 reference.
 
     What a backend does not write is NaN.
     """
+    for third, pooled in itertools.product((None, adapted), (True, False)):
 
-    def call(*inputs):
-        return attention_mask(*inputs, **settings)
+        def call(*inputs, pooled=pooled):
+            return attention_mask(*inputs, **settings, pooled=pooled)[: 4 if pooled else 2]
 
-    def plain(*inputs):
-        return reference.attention_mask(*inputs, **settings)
+        def plain(*inputs, pooled=pooled):
+            return reference.attention_mask(*inputs, **settings)[: 4 if pooled else 2]
 
-    for third in (None, adapted):
         inputs = [student, teacher, third]
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN

@@ -136,6 +136,35 @@ def test_channels_of_levels():
     assert not list(AttentionGuidedLoss([4, 8], adapt=False).parameters())
 
 
+def test_no_channels_make_no_layers():
+    """adapt=True asks for layers only where ``channels`` says of what width."""
+    s, t = maps(2, 5, 4, 6)
+    loss, without = AttentionGuidedLoss(), AttentionGuidedLoss(adapt=False)
+    assert not list(loss.parameters()) and not loss.state_dict()
+    assert torch.equal(loss(s, t), without(s, t))
+    assert torch.equal(loss([s, s], [t, t]), without([s, s], [t, t]))  # any number of levels
+    with pytest.raises(ValueError, match="equally many channels unless channels="):
+        loss(s, torch.randn(2, 7, 4, 6))
+
+
+@pytest.mark.parametrize("pooling", ["abs", "signed"])
+@pytest.mark.parametrize("preset", ["two_stage", "one_stage"])
+def test_kept_for_the_backward(preset, pooling):
+    """Beside the maps: a mask and a difference of one channel, and numbers per channel."""
+    s, t = maps(2, 16, 40, 50)
+    kept = {}
+
+    def keep(v):
+        kept[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+        return v
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
+        AttentionGuidedLoss.preset(preset, pooling=pooling)(s, t)
+    one_channel = 4 * 2 * 40 * 50
+    reference = kdfast.backend.why_not("cpu") is not None
+    assert reference or sum(kept.values()) < 2 * s.nbytes + 2.2 * one_channel
+
+
 def test_weights_and_detachment():
     s, t = maps(2, 5, 4, 6)
     whole = AttentionGuidedLoss(weight=3.0, transfer_weight=0.5, masked_weight=2.0)(s, t)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from attention_checks import SETTINGS, check, check_pool, compare, layouts, maps
@@ -226,15 +228,18 @@ def test_masked_distance():
 @pytest.mark.parametrize("through", [False, True])
 def test_opcheck(through):
     x, y, z = maps(2, 5, 3, 7)
-    chosen = Settings(0.5, 1.0, 1.0, False, True, True, through)
+    chosen = Settings(0.5, 1.0, 1.0, False, True, True, through, True)
     ops = torch.ops.kdfast
     for adapted in (None, z):
         torch.library.opcheck(ops.attention_mask.default, (x, y, adapted, *chosen))
-    loss, terms, *small = ops.attention_mask(x, y, None, *chosen)
-    given = [v[:, 0] for v in small[:2]]
-    torch.library.opcheck(ops.attention_mask_backward.default, (x, y, loss, terms, *small, *given, 0))
+    for variant in (chosen, chosen._replace(pairs=through)):
+        loss, terms, *small = ops.attention_mask(x, y, None, *variant)
+        given = [v[:, 0] for v in small[:2]]
+        torch.library.opcheck(
+            ops.attention_mask_backward.default, (x, y, loss, terms, *small, *given, 0, True)
+        )
     nothing = (None,) * 7
-    torch.library.opcheck(ops.attention_mask_backward.default, (x, *nothing, *given, 1))
+    torch.library.opcheck(ops.attention_mask_backward.default, (x, *nothing, *given, 1, True))
     torch.library.opcheck(ops.attention_pool.default, (x, through))
     torch.library.opcheck(ops.masked_distance.default, (x, y, small[2][0], small[3][0]))
 
@@ -245,24 +250,35 @@ def test_reference_op_is_the_same():
 
     x, y, z = maps(2, 5, 3, 7, dtype=torch.float64)
     for adapted in (None, z):
-        for signed, through in ((False, False), (True, True)):
-            arguments = (x, y, adapted, 0.5, 0.7, 1.3, False, True, signed, through)
+        for signed, through, pairs in itertools.product((False, True), repeat=3):
+            if through and not pairs:
+                continue
+            arguments = (x, y, adapted, 0.5, 0.7, 1.3, False, pairs, signed, through, pairs)
             found, expected = torch.ops.kdfast.attention_mask(*arguments), op._reference(*arguments)
             for a, b in zip(found, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
             loss, terms, *small = found
-            given = [v[:, 1] for v in small[:2]]
-            arguments = (y, x, loss, terms, *small, *given, 1)
+            given = [v[:, -1] for v in small[:2]]
+            arguments = (y, x, loss, terms, *small, *given, 1, signed)
             found = torch.ops.kdfast.attention_mask_backward(*arguments)
             torch.testing.assert_close(found, op._reference_backward(*arguments), rtol=1e-12, atol=1e-12)
 
 
 def test_wrong_maps_are_refused():
     x = torch.randn(2, 5, 3, 7)
-    settings = (0.5, 1.0, 1.0, False, True, False, False)
+    settings = (0.5, 1.0, 1.0, False, True, False, False, False)
     with pytest.raises(RuntimeError, match="student and teacher must have one shape, axis 1"):
         torch.ops.kdfast.attention_mask(x, x[:, 1:], None, *settings)
     with pytest.raises(RuntimeError, match="must be a map"):
         torch.ops.kdfast.attention_pool(x[0], False)
     with pytest.raises(RuntimeError, match="float32"):
         torch.ops.kdfast.attention_pool(x.int(), False)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("signed", [False, True])
+def test_large_maps_in_one_pass(signed, channels_last):
+    """From 24 MB on, without a channel mask, pooling and masked error are one pass."""
+    made = [layouts["channels_last"](v) if channels_last else v for v in maps(2, 48, 129, 256)]
+    assert 2 * made[0].nbytes >= 24 << 20
+    check("cpu", *made, **SETTINGS[0] | {"signed": signed})

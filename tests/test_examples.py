@@ -13,12 +13,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "distill_digits.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, script: str = "distill_digits.py") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300
+        [sys.executable, str(EXAMPLES / script), *arguments], capture_output=True, text=True, timeout=300
     )
 
 
@@ -92,3 +92,14 @@ def test_wrong_arguments_are_named(arguments, named):
     done = run(*arguments)
     assert done.returncode == 2
     assert named in done.stderr
+
+
+def test_attention_masks_are_drawn(tmp_path):
+    done = run("--out", str(tmp_path), "--steps", "2", script="attention_masks.py")
+    assert done.returncode == 0, done.stderr
+    drawn = (tmp_path / "attention_masks.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG") and len(drawn) > 50_000
+    for temperature in ("0.1", "0.5", "1.0"):  # range of the weights, whose mean is 1
+        line = next(line for line in done.stdout.splitlines() if f"T = {temperature}:" in line)
+        low, high = map(float, line.split(":")[1].split("to"))
+        assert low < 1 < high

@@ -60,10 +60,12 @@ def _attention(shape, dtype, channels_last=False, signed=False, through=False, f
         x = torch.empty(shape, dtype=dtype, device="meta")
         x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
         x = x if flat else x[:, :, :, 1:]
-        loss, terms, *small = attention_mask(x, x, None, 0.5, 1.0, 1.0, through, True, signed, through)
+        settings = (0.5, 1.0, 1.0, through, True, signed, through, through)
+        loss, terms, *small = attention_mask(x, x, None, *settings)
         given = [v[:, 0] for v in small[:2]] if through else [None, None]
-        attention_mask_backward(x, x, loss, terms, *small, *given, 0)
-        attention_mask_backward(x, None, None, None, None, None, None, None, *(v[:, 0] for v in small[:2]), 0)
+        attention_mask_backward(x, x, loss, terms, *small, *given, 0, signed)
+        nothing = (None,) * 7
+        attention_mask_backward(x, *nothing, *(v[:, 0] for v in small[:2]), 0, signed)
 
     return call
 

@@ -32,8 +32,10 @@ struct AttentionKernels {
   // out = sign(x) (row_sign + column_sign) + (row_plain + column_plain) + row_weight column_weight (x - y)
   void (*gradient)(MapDtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* const row_terms[3],
                    const A* const column_terms[3], void* out, int64_t out_stride);
-  // out [count] = the mask of two attention maps; scale: 1 / temperature
-  void (*mask)(const A* student, const A* teacher, int64_t count, A scale, bool softmax_of_sum, A* out);
+  // out [count] = the mask of two attention maps; scale: 1 / temperature. Returns the sum of what it
+  // multiplies, 0 where that is null. `out` may be any of the inputs.
+  double (*mask)(const A* student, const A* teacher, int64_t count, A scale, bool softmax_of_sum,
+                 const A* multiplied, A* out);
 };
 
 }  // namespace kd

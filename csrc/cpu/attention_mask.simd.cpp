@@ -273,17 +273,28 @@ SoftmaxTerms<A> softmax_terms(const A* first, const A* second, int64_t count, A 
 }
 
 template <class A>
-void mask(const A* student, const A* teacher, int64_t count, A scale, bool softmax_of_sum, A* out) {
+double mask(const A* student, const A* teacher, int64_t count, A scale, bool softmax_of_sum,
+            const A* multiplied, A* out) {
+  constexpr int64_t kBlock = 1024;  // whose sum stays in the accumulator's type
   const A size = static_cast<A>(count);
   const A* const added = softmax_of_sum ? teacher : nullptr;
   const SoftmaxTerms<A> s = softmax_terms<A>(student, added, count, scale);
   const SoftmaxTerms<A> t = softmax_of_sum ? s : softmax_terms<A>(teacher, nullptr, count, scale);
   const A share_s = (softmax_of_sum ? size : size / 2) / s.total, share_t = size / 2 / t.total;
-  for_columns<A>(count, [&](int64_t i, int64_t left) {
-    Vec<A> m = share_s * exponential((sum_of(student, added, i, left) - s.most) * scale);
-    if (!softmax_of_sum) m += share_t * exponential((load_columns<A, A>(teacher + i, left) - t.most) * scale);
-    store_columns<A, A>(out + i, m, left);
-  });
+  double sum = 0;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    Vec<A> part = {};
+    for_columns<A>(count - first < kBlock ? count - first : kBlock, [&](int64_t j, int64_t left) {
+      const int64_t i = first + j;
+      Vec<A> m = share_s * exponential((sum_of(student, added, i, left) - s.most) * scale);
+      if (!softmax_of_sum)
+        m += share_t * exponential((load_columns<A, A>(teacher + i, left) - t.most) * scale);
+      if (multiplied) part += m * load_columns<A, A>(multiplied + i, left);
+      store_columns<A, A>(out + i, m, left);
+    });
+    sum += lane_sum<A>(part);
+  }
+  return sum;
 }
 
 // f(pointer) with the type that `dtype` stands for; float64 goes with A = double only.

@@ -97,15 +97,16 @@ class AttentionGuidedLoss(Loss):
         mask: how the masks of student and teacher are joined; see :func:`attention_masks`.
         channel_mask: weight channels as well as pixels in L_AM (published two-stage code does not).
         pooling: what L_AT compares, means of |A| (``"abs"``, the paper) or of A (``"signed"``, all published code).
-        adapt: adapt the student before it is compared, with layers that are trained with it (Sec. IV-G): a 1x1
-            convolution of the map for L_AM, a 3x3 convolution of G^s and a linear layer on G^c for L_AT. The masks see
-            the student's own map. Student and teacher of different widths need them; the student's masks are then
-            those of the adapted map.
+        adapt: where ``channels`` are given, adapt the student before it is compared, with layers that are trained with
+            it (Sec. IV-G): a 1x1 convolution of the map for L_AM, a 3x3 convolution of G^s and a linear layer on G^c
+            for L_AT. The masks see the student's own map. Student and teacher of different widths need them; the
+            student's masks are then those of the adapted map.
         detach_mask: no gradient flows through the masks (published code; the paper does not say).
         weight: factor on the value.
 
     Shape: student [B, C, H, W], teacher [B, C', H, W], or sequences of such levels. Differentiable in both, and in the
-    adaptation layers. Memory beyond the gradient: three maps of one channel per level (without adaptation layers).
+    adaptation layers. Kept for the backward beside the maps: two maps of one channel per level (without adaptation
+    layers, masks detached).
 
     Raises:
         ValueError, TypeError: maps of different sizes; different widths without adaptation layers; levels or widths
@@ -180,7 +181,9 @@ class AttentionGuidedLoss(Loss):
         signed = self.pooling == "signed"
         if layer is None:
             weight = self.transfer_weight
-            return attention_mask(student, teacher, transfer_weight=weight, signed=signed, **settings)[0]
+            return attention_mask(
+                student, teacher, transfer_weight=weight, signed=signed, pooled=False, **settings
+            )[0]
         layer.check(student, teacher)
         adapted = layer.feature(student)
         if student.shape == teacher.shape:
@@ -188,7 +191,7 @@ class AttentionGuidedLoss(Loss):
                 student, teacher, adapted, transfer_weight=0.0, signed=signed, **settings
             )
         else:
-            loss, *_ = attention_mask(adapted, teacher, transfer_weight=0.0, **settings)
+            loss, *_ = attention_mask(adapted, teacher, transfer_weight=0.0, pooled=False, **settings)
             pooled = [attention_pool(v, signed=signed) for v in (student, teacher)]
             spatial, channel = ([p[i][-1] for p in pooled] for i in (0, 1))
         transfer = torch.dist(layer.spatial(spatial[0]), spatial[1])

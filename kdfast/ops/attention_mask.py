@@ -1,33 +1,25 @@
 """Op ``attention_mask``: pooled attention, masks and masked distance. Formulas: :mod:`kdfast.reference.attention_mask`.
 
-Forward: one pass over both maps pools them, a second one sums the masked errors; in between lie only maps of one
-channel. Backward: one pass over both maps, which writes the gradient with all its parts.
+Forward: one pass over both maps pools them, a second one sums the masked errors (without a channel mask the first
+does both); in between lie only maps of one channel. Backward: one pass over both maps, which writes the gradient with
+all its parts. Kept for it are a mask, and what L_AT compares as a difference; both maps' pooled attention only where
+the caller or gradients through the masks need it.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend
+from ..kernels import attention_mask_cuda
 from ..reference import attention_mask as reference
 from ..reference._common import accumulator
+from ..reference.attention_mask import Settings
 from . import _second
 from ._define import define, kernel
-
-
-class Settings(NamedTuple):
-    """The op's arguments after the maps; ``through``: also return what gradients through the masks need."""
-
-    temperature: float
-    transfer_weight: float
-    masked_weight: float
-    softmax_of_sum: bool
-    channel_mask: bool
-    signed: bool
-    through: bool
 
 
 def _fake_pool(x, signed):
@@ -39,12 +31,12 @@ def _fake_pool(x, signed):
 def _fake(student, teacher, adapted, *settings):
     b, c, h, w = student.shape
     settings, dtype = Settings(*settings), accumulator(student, teacher)
-    kinds, saved = 1 + settings.signed, 1 + settings.through
+    saved = 1 + settings.through
     return (
         student.new_empty((), dtype=dtype),
         student.new_empty((2, 3), dtype=dtype),
-        student.new_empty((kinds, 2, b, 1, h, w), dtype=dtype),
-        student.new_empty((kinds, 2, b, c), dtype=dtype),
+        student.new_empty((*settings.kept, b, 1, h, w), dtype=dtype),
+        student.new_empty((*settings.kept, b, c), dtype=dtype),
         student.new_empty((saved, b, 1, h, w), dtype=dtype),
         student.new_empty((saved, b, c), dtype=dtype),
     )
@@ -86,6 +78,10 @@ def _reference(student, teacher, adapted, *settings):
     distances = torch.cat([transfer, masked[None]])
     factors = torch.cat([_factors(s.transfer_weight, transfer), _factors(s.masked_weight, masked)[None]])
     loss = s.transfer_weight * transfer.sum() + s.masked_weight * masked
+    spatial, channel = (v[-s.kept[0] :] for v in (spatial, channel))
+    if not s.pairs:
+        spatial, channel = (v[:, :1] - v[:, 1:] for v in (spatial, channel))
+    spatial, channel = spatial.clone(), channel.clone()  # outputs of an op share no memory
     return loss, torch.stack([distances, factors]), spatial, channel, spatial_mask, channel_mask
 
 
@@ -97,7 +93,18 @@ def _reference_distance(x, y, spatial_mask, channel_mask):
 
 
 def _reference_backward(
-    x, other, grad_loss, terms, spatial, channel, spatial_mask, channel_mask, grad_spatial, grad_channel, side
+    x,
+    other,
+    grad_loss,
+    terms,
+    spatial,
+    channel,
+    spatial_mask,
+    channel_mask,
+    grad_spatial,
+    grad_channel,
+    side,
+    signed,
 ):
     b, c, h, w = x.shape
     dtype = accumulator(x) if other is None else accumulator(x, other)
@@ -105,12 +112,12 @@ def _reference_backward(
     gradient = torch.zeros_like(value)
     parts = []  # (gradient of the means over channels, of those over pixels, means of |x|?)
     if grad_spatial is not None:
-        kinds = zip(grad_spatial, grad_channel, (True, False), strict=False)
-        parts += [(s, c, absolute) for s, c, absolute in kinds]
+        kinds = (True, False)[-len(grad_spatial) :] if signed else (True,)
+        parts += zip(grad_spatial, grad_channel, kinds, strict=True)
     if spatial is not None:
         factors = grad_loss * terms[1]
-        s, t = (factors[i] * (v[-1, side] - v[-1, 1 - side]) for i, v in enumerate((spatial, channel)))
-        parts.append((s, t, spatial.shape[0] == 1))
+        s, t = (factors[i] * _difference(v[-1], side) for i, v in enumerate((spatial, channel)))
+        parts.append((s, t, not signed))
     for s, t, absolute in parts:
         part = s / c + (t / (h * w))[:, :, None, None]
         gradient += part * value.sign() if absolute else part
@@ -118,6 +125,12 @@ def _reference_backward(
         weight = grad_loss * terms[1, 2] * spatial_mask[0] * channel_mask[0][:, :, None, None]
         gradient += weight * (value - other.to(dtype))
     return torch.empty_like(x).copy_(gradient)
+
+
+def _difference(pooled: Tensor, side: int) -> Tensor:
+    """Own minus the other map's attention, of both, or of student minus teacher."""
+    difference = pooled[0] - pooled[1] if len(pooled) == 2 else pooled[0]
+    return -difference if side else difference
 
 
 define(
@@ -130,7 +143,7 @@ define(
 define(
     "attention_mask",
     "(Tensor student, Tensor teacher, Tensor? adapted, float temperature, float transfer_weight, float masked_weight,"
-    " bool softmax_of_sum, bool channel_mask, bool signed, bool through)"
+    " bool softmax_of_sum, bool channel_mask, bool signed, bool through, bool pairs)"
     " -> (Tensor loss, Tensor terms, Tensor spatial, Tensor channel, Tensor spatial_mask, Tensor channel_mask)",
     _fake,
     _reference,
@@ -143,12 +156,14 @@ define(
     _reference_distance,
     kernel("attention_mask", "masked_distance"),
 )
-# The gradient for x: of L_AM where `other` is given, of L_AT where `spatial` and `channel` are (x is their row `side`),
-# and of means of |x| (and of x) where their gradients are.
+# The gradient for x: of L_AM where `other` is given, of L_AT where `spatial` and `channel` are (their last kind; x is
+# row `side`, or, of a difference, its first or second part), and of means where their gradients are: `signed` says that
+# the last kind is that of x, not of |x|.
 define(
     "attention_mask_backward",
     "(Tensor x, Tensor? other, Tensor? grad_loss, Tensor? terms, Tensor? spatial, Tensor? channel,"
-    " Tensor? spatial_mask, Tensor? channel_mask, Tensor? grad_spatial, Tensor? grad_channel, int side) -> Tensor",
+    " Tensor? spatial_mask, Tensor? channel_mask, Tensor? grad_spatial, Tensor? grad_channel, int side,"
+    " bool signed) -> Tensor",
     _fake_backward,
     _reference_backward,
     kernel("attention_mask", "attention_mask_backward"),
@@ -165,26 +180,27 @@ class _AttentionMask(torch.autograd.Function):
         ctx: Any, student: Tensor, teacher: Tensor, adapted: Tensor | None, settings: Settings, triton: bool
     ):
         found = _op("attention_mask", triton)(student, teacher, adapted, *settings)
-        loss, terms, spatial, channel, spatial_mask, channel_mask = found
-        ctx.save_for_backward(student, teacher, adapted, terms, spatial, channel, spatial_mask, channel_mask)
+        ctx.save_for_backward(student, teacher, adapted, *found[1:])
         ctx.settings, ctx.triton = settings, triton
         ctx.set_materialize_grads(False)
+        loss, terms, spatial, channel, _, _ = found
         distances = terms[0]
         ctx.mark_non_differentiable(distances)
-        return loss, distances, spatial[-1], channel[-1]
+        return (loss, distances, spatial[-1], channel[-1]) if settings.pairs else (loss, distances)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss, _, grad_spatial, grad_channel):
+    def backward(ctx: Any, grad_loss, _, grad_spatial=None, grad_channel=None):
         student, teacher, adapted, terms, spatial, channel, spatial_mask, channel_mask = ctx.saved_tensors
         s, needed = ctx.settings, ctx.needs_input_grad[:3]
         if _second.wanted():
 
             def call(*maps):
-                loss, _, *pooled = reference.attention_mask(*maps, *s[:-1], detach_mask=not s.through)
+                loss, _, *pooled = reference.attention_mask(*maps, *s[:6], detach_mask=not s.through)
                 return loss, *pooled
 
             maps, grads = (student, teacher, adapted), (grad_loss, grad_spatial, grad_channel)
             return *_second.gradients(call, maps, needed, grads), None, None
+        op = _op("attention_mask_backward", ctx.triton)
         x = student if adapted is None else adapted
         transfers = s.transfer_weight and grad_loss is not None
         pooled = (spatial, channel) if transfers else (None, None)
@@ -196,55 +212,41 @@ class _AttentionMask(torch.autograd.Function):
             other = (teacher if adapted is None else None) if side == 0 else x
             other = other if grad_loss is not None else None
             given = _pooled_gradients(ctx, side, grad_loss, grad_spatial, grad_channel)
-            results[side] = _op("attention_mask_backward", ctx.triton)(
-                v, other, grad_loss, terms, *pooled, *masks, *given, side
-            )
+            results[side] = op(v, other, grad_loss, terms, *pooled, *masks, *given, side, s.signed)
         if needed[2]:
-            results[2] = _op("attention_mask_backward", ctx.triton)(
-                adapted,
-                teacher if grad_loss is not None else None,
-                grad_loss,
-                terms,
-                None,
-                None,
-                *masks,
-                None,
-                None,
-                0,
-            )
+            other = teacher if grad_loss is not None else None
+            nothing = (None, None)
+            results[2] = op(adapted, other, grad_loss, terms, *nothing, *masks, *nothing, 0, s.signed)
         return *results, None, None
 
 
 def _pooled_gradients(ctx: Any, side: int, grad_loss, grad_spatial, grad_channel):
     """Gradients [kinds, B, ...] of one map's means that the caller's use of them and the masks ask for, or None."""
+    s = ctx.settings
+    through = s.through and grad_loss is not None
+    if not through and grad_spatial is None and grad_channel is None:
+        return None, None
     _, _, _, terms, *pairs = ctx.saved_tensors
-    s, results = ctx.settings, []
+    results = []
     for pooled, mask, given, used in (
         (pairs[0], pairs[2], grad_spatial, True),
         (pairs[1], pairs[3], grad_channel, s.channel_mask),
     ):
-        result = None
+        result = torch.zeros_like(pooled[:, side])
         if given is not None:
-            result = torch.zeros_like(pooled[:, side])
             result[-1] = given[side]
-        if s.through and grad_loss is not None:
-            result = torch.zeros_like(pooled[:, side]) if result is None else result
-            if used:
-                weights, error = mask.flatten(2)
-                count = weights.shape[1]
-                slope = error * (grad_loss * terms[1, 2] * count / (2 * s.temperature))
-                if s.softmax_of_sum:
-                    softmax = weights / count
-                else:
-                    softmax = torch.softmax(pooled[0, side].flatten(1) / s.temperature, 1) / 2
-                scale = 1 if s.softmax_of_sum else 2
-                through = softmax * (slope - scale * (softmax * slope).sum(1, keepdim=True))
-                result[0] += through.view(result[0].shape)
+        if through and used:
+            weights, error = mask.flatten(2)
+            count = weights.shape[1]
+            slope = error * (grad_loss * terms[1, 2] * count / (2 * s.temperature))
+            if s.softmax_of_sum:
+                softmax = weights / count
+            else:
+                softmax = torch.softmax(pooled[0, side].flatten(1) / s.temperature, 1) / 2
+            scale = 1 if s.softmax_of_sum else 2
+            part = softmax * (slope - scale * (softmax * slope).sum(1, keepdim=True))
+            result[0] += part.view(result[0].shape)
         results.append(result)
-    if results[0] is None and results[1] is not None:
-        results[0] = torch.zeros_like(pairs[0][:, side])
-    if results[1] is None and results[0] is not None:
-        results[1] = torch.zeros_like(pairs[1][:, side])
     return results
 
 
@@ -264,7 +266,9 @@ class _Pool(torch.autograd.Function):
             return *found, None, None
         nothing = (None,) * 7
         return (
-            _op("attention_mask_backward", ctx.triton)(x, *nothing, grad_spatial, grad_channel, 0),
+            _op("attention_mask_backward", ctx.triton)(
+                x, *nothing, grad_spatial, grad_channel, 0, ctx.signed
+            ),
             None,
             None,
         )
@@ -291,10 +295,9 @@ class _MaskedDistance(torch.autograd.Function):
 
             return *_second.gradients(call, (x, y), needed, (grad,)), None, None, None
         masks = (spatial_mask[None], channel_mask[None])
+        op, nothing = _op("attention_mask_backward", ctx.triton), (None, None)
         results = [
-            _op("attention_mask_backward", ctx.triton)(a, b, grad, terms, None, None, *masks, None, None, 0)
-            if need
-            else None
+            op(a, b, grad, terms, *nothing, *masks, *nothing, 0, False) if need else None
             for a, b, need in ((x, y, needed[0]), (y, x, needed[1]))
         ]
         return *results, None, None, None
@@ -302,7 +305,7 @@ class _MaskedDistance(torch.autograd.Function):
 
 def attention_pool(x: Tensor, *, signed: bool = False) -> tuple[Tensor, Tensor]:
     """Means of |x| (and of x) over channels and pixels; see :func:`kdfast.reference.attention_mask.attention_pool`."""
-    chosen = backend.choose("attention_pool", x.device.type, ("triton",))
+    chosen = _choose("attention_pool", x)
     if chosen == "reference":
         return reference.attention_pool(x, signed)
     return _Pool.apply(x, signed, chosen == "triton")
@@ -312,7 +315,7 @@ def masked_distance(x: Tensor, y: Tensor, spatial_mask: Tensor, channel_mask: Te
     """(sum of M^s M^c (x - y)²)^½; see the reference. Differentiable in x and y; the masks are constants."""
     x, y = _one_dtype(x, y)
     masks = [m.detach().to(accumulator(x)).contiguous() for m in (spatial_mask, channel_mask)]
-    chosen = backend.choose("masked_distance", x.device.type, ("triton",))
+    chosen = _choose("masked_distance", x)
     if chosen == "reference":
         return reference.masked_distance(x, y, *masks)
     return _MaskedDistance.apply(x, y, *masks, chosen == "triton")
@@ -330,16 +333,31 @@ def attention_mask(
     channel_mask: bool = True,
     signed: bool = False,
     detach_mask: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, distances and pooled attention of one level; see :func:`kdfast.reference.attention_mask.attention_mask`."""
+    pooled: bool = True,
+) -> tuple[Tensor, ...]:
+    """Loss and distances of one level, with ``pooled`` followed by both maps' attention, which is then kept.
+
+    See :func:`kdfast.reference.attention_mask.attention_mask`.
+    """
     student, teacher, adapted = _one_dtype(student, teacher, adapted)
     weights = (temperature, transfer_weight, masked_weight)
-    chosen = backend.choose("attention_mask", student.device.type, ("triton",))
+    chosen = _choose("attention_mask", student)
     if chosen == "reference":
         flags = (softmax_of_sum, channel_mask, signed, detach_mask)
-        return reference.attention_mask(student, teacher, adapted, *weights, *flags)
-    settings = Settings(*map(float, weights), softmax_of_sum, channel_mask, signed, not detach_mask)
+        found = reference.attention_mask(student, teacher, adapted, *weights, *flags)
+        return found if pooled else found[:2]
+    through = not detach_mask
+    settings = Settings(
+        *map(float, weights), softmax_of_sum, channel_mask, signed, through, pooled or through
+    )
     return _AttentionMask.apply(student, teacher, adapted, settings, chosen == "triton")
+
+
+def _choose(op: str, x: Tensor) -> str:
+    order = ("cuda", "triton") if attention_mask_cuda.is_small(x) else ("triton", "cuda")
+    return backend.choose(
+        op, x.device.type, order, lambda name: attention_mask_cuda.unsupported(x) if name == "cuda" else None
+    )
 
 
 def _one_dtype(*maps: Tensor | None) -> list[Tensor | None]:

@@ -12,10 +12,34 @@ Of a map A [B, C, H, W] with P = H W pixels:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ._common import accumulator
+
+
+class Settings(NamedTuple):
+    """The op's arguments after the maps.
+
+    ``through``: also return what gradients through the masks need; ``pairs``: return pooled attention of student and
+    teacher, not only its difference (``through`` needs it).
+    """
+
+    temperature: float
+    transfer_weight: float
+    masked_weight: float
+    softmax_of_sum: bool
+    channel_mask: bool
+    signed: bool
+    through: bool
+    pairs: bool
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Leading axes of the pooled attention that is returned: means of |A| and of A or what L_AT compares, maps."""
+        return 1 + (self.signed and self.through), 1 + self.pairs
 
 
 def attention_pool(x: Tensor, signed: bool = False) -> tuple[Tensor, Tensor]:
