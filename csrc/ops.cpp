@@ -11,7 +11,9 @@
 #include "cpu/logits_ops.h"
 #include "cpu/patch_gram.h"
 #ifdef KD_WITH_CUDA
+#include "cuda/direction_ops.h"
 #include "cuda/gram_ops.h"
+#include "cuda/logits_ops.h"
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
@@ -31,7 +33,11 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
 
 #ifdef KD_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
+  m.impl("direction", TORCH_BOX(&kd::direction_cuda));
+  m.impl("direction_backward", TORCH_BOX(&kd::direction_backward_cuda));
   m.impl("gram", TORCH_BOX(&kd::gram_cuda));
   m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cuda));
+  m.impl("logits", TORCH_BOX(&kd::logits_cuda));
+  m.impl("logits_backward", TORCH_BOX(&kd::logits_backward_cuda));
 }
 #endif
