@@ -13,8 +13,7 @@
 namespace kd::direction {
 namespace {
 
-constexpr int kRowWarps = 4;  // few rows per block, to spread few rows over many multiprocessors
-constexpr int kMeanThreads = 256;
+constexpr int kRowWarps = 4;            // few rows per block, to spread few rows over many multiprocessors
 constexpr double kSquareFloor = 1e-24;  // NORM_FLOOR of the reference, squared
 
 template <class T, class C>
@@ -96,10 +95,10 @@ __global__ __launch_bounds__(32 * kRowWarps) void direction_rows(Inputs<T, C> in
 }
 
 template <class A>
-__global__ __launch_bounds__(kMeanThreads) void direction_mean(const A* parts, int64_t rows, A* loss,
+__global__ __launch_bounds__(kMostThreads) void direction_mean(const A* parts, int64_t rows, A* loss,
                                                                A* total) {
   double sums[2] = {};
-  for (int64_t i = threadIdx.x; i < rows; i += kMeanThreads) {
+  for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) {
     sums[0] += static_cast<double>(parts[2 * i]);
     sums[1] += static_cast<double>(parts[2 * i + 1]);
   }
@@ -188,7 +187,7 @@ int32_t kd_direction_forward(const kd_direction_problem* problem, void* loss, vo
                     d::Inputs<T, C>(*problem), static_cast<A*>(factors), static_cast<A*>(parts));
       if (error != cudaSuccess) return error;
     }
-    return KD_LAUNCH(d::direction_mean<A>, dim3(1), dim3(d::kMeanThreads), 0, stream,
+    return KD_LAUNCH(d::direction_mean<A>, dim3(1), kd::whole_warps(problem->rows), 0, stream,
                      static_cast<const A*>(parts), problem->rows, static_cast<A*>(loss),
                      static_cast<A*>(total));
   });

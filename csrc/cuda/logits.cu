@@ -18,8 +18,7 @@ namespace {
 
 template <class T>
 dim3 row_threads(int64_t classes) {
-  const int64_t packs = (classes + kPack<T> - 1) / kPack<T>;
-  return dim3(static_cast<unsigned>(std::clamp<int64_t>((packs + 31) / 32 * 32, 32, kMostThreads)));
+  return whole_warps((classes + kPack<T> - 1) / kPack<T>);
 }
 
 template <class T>
@@ -41,7 +40,7 @@ cudaError_t forward(const kd_logits_problem& p, void* loss, void* saved, void* v
         KD_LAUNCH(dist_columns<T>, blocks, dim3(kColumns, kColumnLanes), 0, stream, call);
     if (error != cudaSuccess) return error;
   }
-  return KD_LAUNCH(finish<T>, dim3(1), dim3(kMostThreads), 0, stream, call,
+  return KD_LAUNCH(finish<T>, dim3(1), whole_warps(std::max(p.rows, dist ? p.classes : 0)), 0, stream, call,
                    static_cast<accumulator<T>*>(loss));
 }
 

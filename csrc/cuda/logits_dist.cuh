@@ -153,9 +153,9 @@ __global__ __launch_bounds__(kMostThreads) void dist_gradient(Call<T> call, cons
   using A = accumulator<T>;
   constexpr int kCount = kPack<T>;
   const bool teacher = of_teacher(to_student);
-  const Rows<T>& to = teacher ? to_teacher : to_student;
-  const Rows<T>&from_own = teacher ? call.teacher : call.student,
-        &from_other = teacher ? call.student : call.teacher;
+  const Rows<T> to = teacher ? to_teacher : to_student;
+  const Rows<T> from_own = teacher ? call.teacher : call.student,
+                from_other = teacher ? call.student : call.teacher;
   const int64_t row = blockIdx.x, classes = call.classes;
   if (call.ignored(row)) return clear_row(to, row, classes);
   const int own = teacher, other = 1 - own;

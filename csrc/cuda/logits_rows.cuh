@@ -8,8 +8,6 @@
 namespace kd::logits {
 namespace {
 
-constexpr int kMostThreads = 32 * kMostWarps;
-
 // Of a row of `saved`, natural logarithms. kl, dkd and nkd: over the classes but the target, if there is one.
 enum Saved : int {
   kMaxS,
@@ -213,7 +211,7 @@ __global__ __launch_bounds__(kMostThreads) void backward_rows(Call<T> call, cons
   using A = accumulator<T>;
   constexpr int kCount = kPack<T>;
   const bool teacher = of_teacher(to_student);
-  const Rows<T>& to = teacher ? to_teacher : to_student;
+  const Rows<T> to = teacher ? to_teacher : to_student;
   const int64_t row = blockIdx.x, classes = call.classes;
   if (call.ignored(row)) return clear_row(to, row, classes);
   const int64_t label = kTarget ? call.labels[row] : -1;

@@ -12,7 +12,13 @@ namespace kd {
 namespace {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int kMostWarps = 8;
+constexpr int kMostWarps = 8, kMostThreads = 32 * kMostWarps;
+
+// A block with a thread for each of `count` items, as far as there are threads.
+inline dim3 whole_warps(int64_t count) {
+  const int64_t warps = (count + 31) / 32;
+  return dim3(static_cast<unsigned>(warps < 1 ? 32 : warps > kMostWarps ? kMostThreads : 32 * warps));
+}
 
 // Sums run in float, in double for double.
 template <class T>
