@@ -64,6 +64,6 @@ def test_a_label_out_of_range_shows() -> None:
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_dist_joins_parts_of_columns(labelled) -> None:
-    s, t, y = make((150, 70), "ignored")
+    s, t, y = make((70, 20), "ignored")
     check("triton", s, t, y if labelled else None, ("dist", 1.3, 0.7, 2.0))
-    check("triton", *(v[:1].expand(150, 70) for v in (s, t)), None, ("dist", 1.3, 0.7, 1.0))
+    check("triton", *(v[:1].expand(70, 20) for v in (s, t)), None, ("dist", 1.3, 0.7, 1.0))

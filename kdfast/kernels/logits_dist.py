@@ -230,7 +230,6 @@ def dist_gradient(
     limit = classes + 0 * row  # classes to read: none of a row that does not count
     if has_labels:
         limit = tl.where(tl.load(labels + row) != ignored, classes, 0)
-    counts = limit > 0
     saved += row.to(tl.int64) * 7
     own += _pair(row, shape_own)
     other += _pair(row, shape_other)
