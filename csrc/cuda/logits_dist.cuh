@@ -35,7 +35,7 @@ __device__ Pull<A> pull(A by, A product, A norm_own, A norm_other) {
 }
 
 template <class T>
-__global__ __launch_bounds__(kMostThreads) void dist_rows(Call<T> call) {
+__global__ __launch_bounds__(kMostThreads, 1) void dist_rows(Call<T> call) {
   using A = accumulator<T>;
   constexpr int kCount = kPack<T>;
   const int64_t row = blockIdx.x, classes = call.classes;
@@ -148,8 +148,8 @@ __global__ __launch_bounds__(kColumns* kColumnLanes) void dist_columns(Call<T> c
 }
 
 template <class T>
-__global__ __launch_bounds__(kMostThreads) void dist_gradient(Call<T> call, const accumulator<T>* grad,
-                                                              Rows<T> to_student, Rows<T> to_teacher) {
+__global__ __launch_bounds__(kMostThreads, 1) void dist_gradient(Call<T> call, const accumulator<T>* grad,
+                                                                 Rows<T> to_student, Rows<T> to_teacher) {
   using A = accumulator<T>;
   constexpr int kCount = kPack<T>;
   const bool teacher = of_teacher(to_student);

@@ -76,7 +76,7 @@ constexpr A kMinusInfinity = static_cast<A>(-INFINITY);
 
 // Each thread's sums run on its own maximum, and are joined at the end of the row.
 template <class T, bool kTarget, bool kCross>
-__global__ __launch_bounds__(kMostThreads) void forward_rows(Call<T> call) {
+__global__ __launch_bounds__(kMostThreads, 1) void forward_rows(Call<T> call) {
   using A = accumulator<T>;
   constexpr int kCount = kPack<T>;
   const int64_t row = blockIdx.x, classes = call.classes;
@@ -206,8 +206,8 @@ __device__ bool of_teacher(const Rows<T>& to_student) {
 }
 
 template <class T, bool kTarget, bool kCross>
-__global__ __launch_bounds__(kMostThreads) void backward_rows(Call<T> call, const accumulator<T>* grad,
-                                                              Rows<T> to_student, Rows<T> to_teacher) {
+__global__ __launch_bounds__(kMostThreads, 1) void backward_rows(Call<T> call, const accumulator<T>* grad,
+                                                                 Rows<T> to_student, Rows<T> to_teacher) {
   using A = accumulator<T>;
   constexpr int kCount = kPack<T>;
   const bool teacher = of_teacher(to_student);
@@ -245,7 +245,7 @@ __global__ __launch_bounds__(kMostThreads) void backward_rows(Call<T> call, cons
 
 // The mean of values over the rows that count, plus the values of columns.
 template <class T>
-__global__ __launch_bounds__(kMostThreads) void finish(Call<T> call, accumulator<T>* loss) {
+__global__ __launch_bounds__(kMostThreads, 1) void finish(Call<T> call, accumulator<T>* loss) {
   double sums[3] = {};  // of rows, rows that count, of columns
   for (int64_t i = threadIdx.x; i < call.rows; i += blockDim.x) {
     sums[0] += static_cast<double>(call.values[i]);
