@@ -14,7 +14,9 @@
 #include "cpu/patch_gram.h"
 #ifdef KD_WITH_CUDA
 #include "cuda/attention_mask_ops.h"
+#include "cuda/direction_ops.h"
 #include "cuda/gram_ops.h"
+#include "cuda/logits_ops.h"
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
@@ -42,7 +44,11 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CUDA, m) {
   m.impl("attention_mask_backward", TORCH_BOX(&kd::attention_mask_backward_cuda));
   m.impl("attention_pool", TORCH_BOX(&kd::attention_pool_cuda));
   m.impl("masked_distance", TORCH_BOX(&kd::masked_distance_cuda));
+  m.impl("direction", TORCH_BOX(&kd::direction_cuda));
+  m.impl("direction_backward", TORCH_BOX(&kd::direction_backward_cuda));
   m.impl("gram", TORCH_BOX(&kd::gram_cuda));
   m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cuda));
+  m.impl("logits", TORCH_BOX(&kd::logits_cuda));
+  m.impl("logits_backward", TORCH_BOX(&kd::logits_backward_cuda));
 }
 #endif

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def run(call, student: Tensor, teacher: Tensor | None, centers: Tensor, dtype: t
 
 
 def check(
-    backend: str,
+    backend: str | Callable,
     student: Tensor,
     teacher: Tensor | None,
     centers: Tensor,
@@ -53,21 +55,26 @@ def check(
     balanced: bool = False,
     floor: float = 1e-6,
 ) -> None:
-    """A backend against the reference in float64; memory that it does not write is NaN."""
+    """A backend, or a function of (student, teacher, centers), against the reference in float64.
+
+    Memory that is not written is NaN.
+    """
 
     def plain(s, t, c):
         return reference.direction(s, t, c, labels, balanced=balanced)
 
     def fast(s, t, c):
-        return direction(s, t, c, labels, balanced=balanced)
+        if callable(backend):
+            return backend(s, t, c)
+        with use_backend(backend):
+            return direction(s, t, c, labels, balanced=balanced)
 
     truth = run(plain, student, teacher, centers, torch.float64)
     same = run(plain, student, teacher, centers)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
     try:
-        with use_backend(backend):
-            found = run(fast, student, teacher, centers)
+        found = run(fast, student, teacher, centers)
     finally:
         torch.use_deterministic_algorithms(before)
     for name, f, e, t in zip(("loss", "grad_student", "grad_teacher"), found, same, truth, strict=False):

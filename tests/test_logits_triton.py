@@ -13,18 +13,17 @@ pytestmark = [
     pytest.mark.interpret,
     pytest.mark.skipif(not backend.interpreting(), reason="needs TRITON_INTERPRET=1"),
 ]
-KERNELS = [s for s in SETTINGS if s[0] != "dist"]
 
 
 @pytest.mark.parametrize("kind", ["plain", "mean", "saturated", "converged", "rising", "ignored"])
-@pytest.mark.parametrize("setting", KERNELS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_matches_reference(setting, kind) -> None:
     for shape in ((1, 2), (3, 5), (4, 16), (2, 2100)):
         s, t, y = make(shape, kind)
         check("triton", s, t, y if kind == "ignored" or setting[0] != "kl" else None, setting)
 
 
-@pytest.mark.parametrize("setting", KERNELS, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_float64_and_float16(setting) -> None:
     s, t, y = make((3, 33))
     check("triton", s.double(), t.double(), y, (*setting[:3], 3.0), floor=1e-13)
@@ -42,7 +41,7 @@ def test_strides() -> None:
     ):
         changed = change(s)
         labels = y.reshape(-1)[: changed.numel() // 21].reshape(changed.shape[:-1])
-        check("triton", changed, change(t), labels, KERNELS[2])
+        check("triton", changed, change(t), labels, SETTINGS[2])
 
 
 def test_no_row_counts() -> None:
@@ -50,9 +49,10 @@ def test_no_row_counts() -> None:
     s.requires_grad_()
     with use_backend("triton"):
         for n in (3, 0):
-            loss = logits(s[:n], t[:n], torch.full((n,), IGNORED), kind="dkd", alpha=1.0)
-            (gradient,) = torch.autograd.grad(loss, s)
-            assert loss == 0 and not gradient.any()
+            for kind in ("dkd", "dist"):
+                loss = logits(s[:n], t[:n], torch.full((n,), IGNORED), kind=kind, alpha=1.0)
+                (gradient,) = torch.autograd.grad(loss, s)
+                assert loss == 0 and not gradient.any()
 
 
 def test_a_label_out_of_range_shows() -> None:
@@ -62,7 +62,8 @@ def test_a_label_out_of_range_shows() -> None:
             assert logits(s, t, torch.tensor([1, 5]), kind=kind, alpha=1.0).isnan()
 
 
-def test_dist_is_refused_by_name() -> None:
-    s, t, _ = make((2, 5))
-    with use_backend("triton"), pytest.raises(NotImplementedError, match="dist"):
-        logits(s, t, kind="dist")
+@pytest.mark.parametrize("labelled", [False, True])
+def test_dist_joins_parts_of_columns(labelled) -> None:
+    s, t, y = make((70, 20), "ignored")
+    check("triton", s, t, y if labelled else None, ("dist", 1.3, 0.7, 2.0))
+    check("triton", *(v[:1].expand(70, 20) for v in (s, t)), None, ("dist", 1.3, 0.7, 1.0))

@@ -146,6 +146,8 @@ CASES = {
     "direction-f16": ("highest", _direction(8192, 2048, f16, labelled=False)),
     "direction-f64": ("highest", _direction(512, 1024, f64, teacher=False)),
     "gram-features-difference": ("high", _gram(5000, 10, f32, "difference", feature_side=True)),
+    "logits-dist-bf16": ("highest", _logits(3, 1000, bf16)),
+    "logits-dist-float64": ("highest", _logits(3, 5000, f64)),
     "logits-kl-f32": ("highest", _logits(0, 32000, f32)),
     "logits-kl-bf16": ("highest", _logits(0, 128000, bf16)),
     "logits-dkd-small": ("highest", _logits(1, 100, f32)),

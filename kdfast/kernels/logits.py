@@ -1,11 +1,13 @@
 """Triton backend of the op ``logits``. Formulas: :mod:`kdfast.reference.logits`.
 
 kl, dkd, nkd: the forward has one program per row and reads each logit once (online log-sum-exp per lane, joined at
-the end of the row), the backward one per block of a row: it reads once more and writes the gradient. dist is not
-implemented here. Nothing synchronises, sums have a fixed order. Launches: forward 2, backward 1 for each side.
+the end of the row), the backward one per block of a row: it reads once more and writes the gradient. dist is in
+:mod:`kdfast.kernels.logits_dist`. Nothing synchronises, sums have a fixed order. Launches: forward 2, backward 1 for each side.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +17,8 @@ from torch import Tensor
 from ._launch import on_device, options
 
 KL, DKD, NKD = (tl.constexpr(i) for i in range(3))
-ROW_WIDTH = (5, 5, 7)  # saved per row
+DIST = 3
+ROW_WIDTH = (5, 5, 7, 7)  # saved per row
 FORWARD_BLOCK = 2048  # logits of a row at a time: 8 of each side in every thread of 8 warps
 BACKWARD_BLOCK = 1024
 LOWEST = tl.constexpr(-1e30)
@@ -212,11 +215,19 @@ def finish(
     share,
     rows,
     ignored,
+    classes,
     has_labels: tl.constexpr,
     acc: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The mean of values over the rows that count, added to loss; share: 1 over their number, or 0."""
+    """loss: the mean of values over the rows that count, plus the sum of `classes` values after them.
+
+    share: 1 over the number of rows that count, or 0.
+    """
+    columns = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, classes, BLOCK):
+        k = first + tl.arange(0, BLOCK)
+        columns += tl.load(values + rows + k, k < classes, other=0.0).to(tl.float64)
     total, counted = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.int64)
     for first in range(0, rows, BLOCK):
         row = first + tl.arange(0, BLOCK)
@@ -228,7 +239,7 @@ def finish(
             counted += tl.where(ok, 1, 0)
     count = tl.sum(counted, 0)
     inverse = tl.where(count > 0, 1.0 / tl.maximum(count, 1).to(tl.float64), 0.0)
-    tl.store(loss, (tl.sum(total, 0) * inverse).to(acc))
+    tl.store(loss, (tl.sum(total, 0) * inverse + tl.sum(columns, 0)).to(acc))
     tl.store(share, inverse.to(acc))
 
 
@@ -261,9 +272,9 @@ def _block(classes: int, most: int, wide: bool) -> dict[str, int]:
 class _Call:
     """Shapes, labels and constants that both directions share."""
 
-    def __init__(self, student, teacher, labels, kind, temperature) -> None:
-        if kind >= len(ROW_WIDTH):
-            raise NotImplementedError("logits: backend 'triton' has no kernels for kind 'dist'")
+    def __init__(self, student, teacher, labels, kind, alpha, beta, temperature, ignore_index) -> None:
+        self.kind, self.alpha, self.beta = kind, alpha, beta
+        self.inverse_t, self.ignore_index = 1 / temperature, ignore_index
         self.wide = torch.float64 in (student.dtype, teacher.dtype)
         self.dtype = torch.float64 if self.wide else torch.float32
         self.classes = student.shape[-1]
@@ -280,50 +291,44 @@ class _Call:
         }
 
 
-def logits(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    kind: int,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """Implementation of ``kdfast::logits_triton``: the loss, and per row what the backward needs, then the share."""
-    c = _Call(student, teacher, labels, kind, temperature)
+def _dist():
+    from . import logits_dist  # which needs this module
+
+    return logits_dist
+
+
+def logits(student: Tensor, teacher: Tensor, labels: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
+    """Implementation of ``kdfast::logits_triton``: the loss, and what the backward needs, last the share.
+
+    ``settings`` are those of :func:`kdfast.reference.logits.logits`.
+    """
+    c = _Call(student, teacher, labels, *settings)
+    columns = 5 * c.classes if c.kind == DIST else 0
     loss = student.new_empty((), dtype=c.dtype)
-    saved = student.new_empty((c.rows * c.constants["width"] + 1,), dtype=c.dtype)
-    values = student.new_empty((c.rows,), dtype=c.dtype)
+    saved = student.new_empty((c.rows * c.constants["width"] + columns + 1,), dtype=c.dtype)
     with on_device(student):
+        if c.kind == DIST:
+            _dist().forward(c, loss, saved)
+            return loss, saved
+        values = student.new_empty((c.rows,), dtype=c.dtype)
         if c.rows:
             forward_rows[(c.rows,)](
-                c.student, c.teacher, c.labels, saved, values, c.shape_s, c.shape_t, c.classes, alpha, beta,
-                1 / temperature, ignore_index, **c.constants, **_block(c.classes, FORWARD_BLOCK, c.wide),
+                c.student, c.teacher, c.labels, saved, values, c.shape_s, c.shape_t, c.classes, c.alpha, c.beta,
+                c.inverse_t, c.ignore_index, **c.constants, **_block(c.classes, FORWARD_BLOCK, c.wide),
             )  # fmt: skip
         finish[(1,)](
-            values, c.labels, loss, saved[-1:], c.rows, ignore_index, has_labels=labels is not None,
+            values, c.labels, loss, saved[-1:], c.rows, c.ignore_index, 0, has_labels=labels is not None,
             acc=c.constants["acc"], BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return loss, saved
 
 
 def logits_backward(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    saved: Tensor,
-    kind: int,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    ignore_index: int,
-    need_student: bool,
-    need_teacher: bool,
+    grad: Tensor, student: Tensor, teacher: Tensor, labels: Tensor | None, saved: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """Implementation of ``kdfast::logits_backward_triton``."""
-    c = _Call(student, teacher, labels, kind, temperature)
+    """Implementation of ``kdfast::logits_backward_triton``; arguments: settings, need_student, need_teacher."""
+    *settings, need_student, need_teacher = arguments
+    c = _Call(student, teacher, labels, *settings)
     results = []
     for v, need, is_teacher in ((student, need_student, False), (teacher, need_teacher, True)):
         if not need:
@@ -337,10 +342,13 @@ def logits_backward(
         constants = c.constants | {"plain": c.constants["plain"] and not is_teacher}
         block = _block(c.classes, BACKWARD_BLOCK, c.wide)
         with on_device(student):
-            backward_rows[(c.rows, triton.cdiv(c.classes, block["BLOCK"]))](
-                grad, c.student, c.teacher, c.labels, saved, saved[-1:], to, c.shape_s, c.shape_t, shape_to,
-                c.classes, alpha, beta, 1 / temperature, ignore_index, teacher=is_teacher, **constants, **block,
-            )  # fmt: skip
+            if c.kind == DIST:
+                _dist().backward(c, grad, saved, to, shape_to, is_teacher)
+            else:
+                backward_rows[(c.rows, triton.cdiv(c.classes, block["BLOCK"]))](
+                    grad, c.student, c.teacher, c.labels, saved, saved[-1:], to, c.shape_s, c.shape_t, shape_to,
+                    c.classes, c.alpha, c.beta, c.inverse_t, c.ignore_index, teacher=is_teacher, **constants, **block,
+                )  # fmt: skip
         if to.data_ptr() != result.data_ptr():  # more than two row axes
             result.copy_(to.view_as(result))
     return results[0], results[1]

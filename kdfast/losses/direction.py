@@ -155,7 +155,9 @@ class DirectionNormLoss(_ClassMeansLoss):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
         )
-        return self.weight * loss
+        return (
+            loss if self.weight == 1 else self.weight * loss
+        )  # a product costs more than the op's arithmetic
 
 
 class DirectionLoss(_ClassMeansLoss):

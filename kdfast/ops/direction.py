@@ -7,12 +7,14 @@ Saved for the backward: factors [B, 3] and the weights' total, from which every 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend
+from ..kernels import rows_cuda
 from ..reference import direction as reference
 from ..reference._common import accumulator
 from . import _second
@@ -115,14 +117,20 @@ def direction(
     """Weighted mean of 1 - <s, e> / max(|s|, |t|): a scalar, see :func:`kdfast.reference.direction.direction`.
 
     Differentiable in student, teacher and centers; centres that need a gradient are the reference's job.
-    A label outside [0, K) raises on the CPU; in the Triton kernels, which read no memory for it, it makes the loss NaN.
+    A label outside [0, K) raises on the CPU; in the GPU kernels, which read no memory for it, it makes the loss NaN.
     """
-    learned = torch.is_grad_enabled() and centers.requires_grad
-    chosen = backend.choose("direction", student.device.type, ("triton",), _unsupported if learned else None)
+    chosen = backend.choose(
+        "direction",
+        student.device.type,
+        rows_cuda.order(student),
+        partial(_unsupported, student, teacher, centers),
+    )
     if chosen == "reference":
         return reference.direction(student, teacher, centers, labels, ignore_index, balanced)
     return _Direction.apply(student, teacher, centers, labels, ignore_index, balanced, chosen == "triton")
 
 
-def _unsupported(name: str) -> str | None:
-    return None if name == "reference" else "class means that need a gradient run on 'reference' only"
+def _unsupported(student: Tensor, teacher: Tensor | None, centers: Tensor, name: str) -> str | None:
+    if centers.requires_grad and torch.is_grad_enabled():
+        return "class means that need a gradient run on 'reference' only"
+    return rows_cuda.unsupported(student, teacher, centers) if name == "cuda" else None

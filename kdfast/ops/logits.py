@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backend
+from ..kernels import rows_cuda
 from ..reference import logits as reference
 from ..reference._common import accumulator
 from ..reference.logits import KINDS
@@ -27,14 +29,15 @@ def saved_size(student: Tensor, kind: int) -> int:
     return rows * ROW_WIDTH[kind] + (COLUMN_WIDTH * classes if kind == DIST else 0)
 
 
-def _fake(student, teacher, labels, kind, alpha, beta, temperature, ignore_index):
-    dtype = accumulator(student, teacher)
-    return student.new_empty((), dtype=dtype), student.new_empty((saved_size(student, kind),), dtype=dtype)
+def _fake(student, teacher, labels, kind, *settings, on_gpu=None):
+    # On a GPU also 1 over the number of rows that count.
+    share = student.device.type == "cuda" if on_gpu is None else on_gpu
+    dtype, size = accumulator(student, teacher), saved_size(student, kind) + share
+    return student.new_empty((), dtype=dtype), student.new_empty((size,), dtype=dtype)
 
 
-def _fake_triton(student, teacher, labels, kind, *settings):
-    loss, saved = _fake(student, teacher, labels, kind, *settings)
-    return loss, saved.new_empty((saved.shape[0] + 1,))
+def _fake_triton(*args):
+    return _fake(*args, on_gpu=True)
 
 
 def _fake_backward(grad, student, teacher, *arguments):
@@ -75,11 +78,8 @@ define(
 )
 
 
-def _dist_unsupported(name: str) -> str | None:
-    return "kind 'dist' has no Triton kernels" if name == "triton" else None
-
-
-_UNSUPPORTED = (None, None, None, _dist_unsupported)
+def _unsupported(student: Tensor, teacher: Tensor, name: str) -> str | None:
+    return rows_cuda.unsupported(student, teacher) if name == "cuda" else None
 
 
 class _Logits(torch.autograd.Function):
@@ -131,7 +131,9 @@ def logits(
 ) -> Tensor:
     """Loss of logits [..., K] of any strides, differentiable in both; see :func:`kdfast.reference.logits.logits`."""
     settings = (KINDS.index(kind), float(alpha), float(beta), float(temperature), ignore_index)
-    chosen = backend.choose("logits", student.device.type, ("triton",), _UNSUPPORTED[settings[0]])
+    chosen = backend.choose(
+        "logits", student.device.type, rows_cuda.order(student), partial(_unsupported, student, teacher)
+    )
     if chosen == "reference":
         return reference.logits(student, teacher, labels, *settings)
     return _Logits.apply(student, teacher, labels, settings, chosen == "triton")

@@ -265,3 +265,5 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline double __dmul_rn(double x, double y) { return x * y; }

@@ -1,0 +1,24 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+// Ops of kdfast/ops/direction.py on a GPU; arguments and results as in the schemas there.
+
+namespace kd {
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> direction_cuda(
+    const torch::stable::Tensor& student, const std::optional<torch::stable::Tensor>& teacher,
+    const torch::stable::Tensor& centers, const std::optional<torch::stable::Tensor>& labels,
+    int64_t ignore_index, bool balanced);
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> direction_backward_cuda(
+    const torch::stable::Tensor& grad, const torch::stable::Tensor& student,
+    const std::optional<torch::stable::Tensor>& teacher, const torch::stable::Tensor& centers,
+    const std::optional<torch::stable::Tensor>& labels, const torch::stable::Tensor& factors,
+    const torch::stable::Tensor& total, int64_t ignore_index, bool balanced, bool need_student,
+    bool need_teacher);
+
+}  // namespace kd
