@@ -177,11 +177,25 @@ class Chain {
   std::vector<int64_t> shown_;  // [S + 1, C]
 };
 
-AugmentPlane plane(const Tensor& x, int64_t image, int64_t channel) {
-  auto* data = const_cast<char*>(static_cast<const char*>(x.const_data_ptr()));
-  data += (image * x.stride(0) + channel * x.stride(1)) * static_cast<int64_t>(x.element_size());
-  return {data, type_of(x.scalar_type()), x.size(2), x.size(3), x.stride(2), x.stride(3)};
-}
+// The planes of a tensor [B, C, H, W]; asks it for its strides once.
+class Maps {
+ public:
+  explicit Maps(const Tensor& x)
+      : data_(const_cast<char*>(static_cast<const char*>(x.const_data_ptr()))),
+        image_(x.stride(0) * static_cast<int64_t>(x.element_size())),
+        channel_(x.stride(1) * static_cast<int64_t>(x.element_size())),
+        plane_{nullptr, type_of(x.scalar_type()), x.size(2), x.size(3), x.stride(2), x.stride(3)} {}
+  AugmentPlane operator()(int64_t image, int64_t channel) const {
+    AugmentPlane plane = plane_;
+    plane.data = data_ + image * image_ + channel * channel_;
+    return plane;
+  }
+
+ private:
+  char* data_;
+  int64_t image_, channel_;
+  AugmentPlane plane_;
+};
 
 template <class A>
 void cut(A* values, const double* box, int64_t width) {
@@ -229,13 +243,13 @@ void for_planes(const Size& size, const F& f) {
 }
 
 template <class A>
-void forward(const AugmentKernels<A>& kernels, const Chain& chain, const Size& size, const Tensor& x,
-             const Tensor& out) {
+void forward(const AugmentKernels<A>& kernels, const Chain& chain, const Size& size, const Maps& x,
+             const Maps& out) {
   const std::vector<Table<A>> warps = tables<A>(chain, size, false);
   for_planes<A>(size, [&](int64_t image, int64_t c, Planes<A>& planes) {
     const int64_t first = chain.first(c);
     if (first == 0) {
-      kernels.load(plane(x, image, chain.channel(0, c)), planes.get());
+      kernels.load(x(image, chain.channel(0, c)), planes.get());
     } else {
       std::fill_n(planes.get(), size.pixels(), A{});
     }
@@ -256,13 +270,13 @@ void forward(const AugmentKernels<A>& kernels, const Chain& chain, const Size& s
                           static_cast<uint32_t>(step.numbers[1]), static_cast<uint32_t>(step.numbers[2]));
       }
     }
-    kernels.store(planes.get(), plane(out, image, c));
+    kernels.store(planes.get(), out(image, c));
   });
 }
 
 template <class A>
-void backward(const AugmentKernels<A>& kernels, const Chain& chain, const Size& size, const Tensor& grad,
-              const Tensor& to) {
+void backward(const AugmentKernels<A>& kernels, const Chain& chain, const Size& size, const Maps& grad,
+              const Maps& to) {
   const std::vector<Table<A>> warps = tables<A>(chain, size, true);
   std::vector<int64_t> shown_by(size.channels, -1);  // the channel of the result that shows one of the input
   for (int64_t c = 0; c < size.channels; ++c) {
@@ -275,7 +289,7 @@ void backward(const AugmentKernels<A>& kernels, const Chain& chain, const Size& 
     if (shown_by[from] < 0) {
       std::fill_n(planes.get(), size.pixels(), A{});
     } else {
-      kernels.load(plane(grad, image, shown_by[from]), planes.get());
+      kernels.load(grad(image, shown_by[from]), planes.get());
       size_t warp = warps.size();
       for (int64_t s = chain.count() - 1; s >= 0; --s) {
         const Step& step = chain.steps()[s];
@@ -283,7 +297,7 @@ void backward(const AugmentKernels<A>& kernels, const Chain& chain, const Size& 
         if (step.kind == kCutout) cut(planes.get(), step.numbers, size.width);
       }
     }
-    kernels.store(planes.get(), plane(to, image, from));
+    kernels.store(planes.get(), to(image, from));
   });
 }
 
@@ -297,9 +311,9 @@ Tensor run(const Tensor& x, const Tensor& steps, const Tensor& channels) {
   if (out.numel() == 0) return out;
   const auto call = [&](const auto& kernels) {
     if constexpr (kForward) {
-      forward(kernels, chain, size, x, out);
+      forward(kernels, chain, size, Maps(x), Maps(out));
     } else {
-      backward(kernels, chain, size, x, out);
+      backward(kernels, chain, size, Maps(x), Maps(out));
     }
   };
   x.scalar_type() == ScalarType::Double ? call(KD_DISPATCH_ISA(augment_double))
