@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import attention, direction, gram, logits, pcka
+from . import attention, direction, feature_augment, gram, logits, pcka
 
 FAMILIES = {
     "gram": gram,
     "pcka": pcka,
     "attention": attention,
     "direction": direction,
+    "feature_augment": feature_augment,
     "logits": logits,
 }
 

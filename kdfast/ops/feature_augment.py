@@ -22,12 +22,12 @@ def _fake(x, steps, channels):
 
 
 def _reference(x, steps, channels):
-    return torch.empty_like(x).copy_(reference.feature_augment(x, steps, channels))
+    return torch.empty_like(x).copy_(reference.feature_augment(x, steps.tolist(), channels))
 
 
 def _reference_backward(grad, steps, channels):
     def call(x):
-        return reference.feature_augment(x, steps, channels)
+        return reference.feature_augment(x, steps.tolist(), channels)
 
     return reference_gradients(call, (grad,), (True,), (grad,))[0]
 
@@ -92,4 +92,5 @@ def feature_augment(x: Tensor, plan: Plan) -> Tensor:
     chosen = backend.choose("feature_augment", x.device.type, ("triton",))
     if chosen == "reference":
         return reference.feature_augment(x, *plan)
-    return _FeatureAugment.apply(x, *plan, chosen == "triton")
+    steps = torch.tensor(plan.steps, dtype=torch.float64).view(-1, 7)
+    return _FeatureAugment.apply(x, steps, plan.channels, chosen == "triton")

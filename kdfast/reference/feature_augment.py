@@ -26,13 +26,13 @@ Matrix = tuple[float, float, float, float, float, float]
 class Plan(NamedTuple):
     """A chain for maps of one [C, H, W], on the host.
 
-    steps: float64 [S, 7], a kind and its numbers: WARP and a matrix [2, 3], which takes pixels (x, y) of the result,
+    steps: S times seven numbers, a kind and what it takes: WARP and a matrix [2, 3], which takes pixels (x, y) of the result,
     counted from the centre, to those of the input; CUTOUT and a box (top, left, bottom, right), the last two exclusive;
     NOISE, its standard deviation and the two halves of its seed; CHANNELS and a row of ``channels``.
     channels: int32 [K, C], for every channel of the result the channel that it shows, or -1 for none (it is 0).
     """
 
-    steps: Tensor
+    steps: tuple[tuple[float, ...], ...]
     channels: Tensor
 
 
@@ -70,7 +70,7 @@ def plan(shape: Sequence[int], chain: Iterable[tuple[str, float, int]]) -> Plan:
         else:
             raise ValueError(f"chain: got operation {name!r}, need one of {NAMES}")
     return Plan(
-        torch.tensor(steps, dtype=torch.float64).view(-1, 7),
+        tuple(tuple(map(float, step)) for step in steps),
         torch.stack(rows) if rows else torch.empty(0, channels, dtype=torch.int32),
     )
 
@@ -115,10 +115,10 @@ def warp(x: Tensor, matrix: Sequence[float]) -> Tensor:
     return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), align_corners=False)
 
 
-def feature_augment(x: Tensor, steps: Tensor, channels: Tensor) -> Tensor:
+def feature_augment(x: Tensor, steps: Sequence[Sequence[float]], channels: Tensor) -> Tensor:
     """Maps [B, C, H, W] changed by a :class:`Plan`; the result has their dtype. Differentiable in x."""
     y = x.to(accumulator(x))
-    for kind, *numbers in steps.tolist():
+    for kind, *numbers in steps:
         if kind == WARP:
             y = warp(y, numbers)
         elif kind == CUTOUT:
