@@ -96,6 +96,19 @@ def _criss_cross(shape, d, dtype, channels_last=False):
     return call
 
 
+def _augment(shape, dtype, chain):
+    def call():
+        from kdfast.kernels.feature_augment import feature_augment, feature_augment_backward
+        from kdfast.reference.feature_augment import plan
+
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        steps, channels = plan(shape, [(name, value, 3 << 33) for name, value in chain])
+        steps = torch.tensor(steps, dtype=torch.float64)
+        feature_augment_backward(feature_augment(x, steps, channels), steps, channels)
+
+    return call
+
+
 def _direction(rows, columns, dtype, balanced=False, labelled=True, teacher=True):
     def call():
         from kdfast.kernels.direction import direction, direction_backward
@@ -141,6 +154,16 @@ CASES = {
     "criss-cross-bf16": ("highest", _criss_cross((2, 256, 50, 84), 32, bf16, channels_last=True)),
     "criss-cross-f16": ("highest", _criss_cross((2, 64, 25, 42), 8, f16)),
     "criss-cross-f64": ("highest", _criss_cross((2, 64, 32, 32), 8, f64)),
+    "augment-rotate-noise": ("highest", _augment((16, 256, 56, 56), f32, [("rotate", 20.0), ("noise", 0.1)])),
+    "augment-noise-shear": ("highest", _augment((64, 256, 8, 8), bf16, [("noise", 0.1), ("shear_x", 0.3)])),
+    "augment-cutout-drop": (
+        "highest",
+        _augment((2, 64, 50, 84), f16, [("cutout", 0.2), ("channel_drop", 0.3)]),
+    ),
+    "augment-f64": (
+        "highest",
+        _augment((2, 64, 13, 21), f64, [("cutout", 0.2), ("rotate", 20.0), ("noise", 0.1)]),
+    ),
     "direction-f32": ("highest", _direction(128, 64, f32)),
     "direction-bf16": ("highest", _direction(1024, 1000, bf16, balanced=True)),
     "direction-f16": ("highest", _direction(8192, 2048, f16, labelled=False)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import affinity, attention, criss_cross, direction, gram, logits, pcka
+from . import affinity, attention, criss_cross, direction, feature_augment, gram, logits, pcka
 
 FAMILIES = {
     "affinity": affinity,
@@ -12,6 +12,7 @@ FAMILIES = {
     "attention": attention,
     "criss_cross": criss_cross,
     "direction": direction,
+    "feature_augment": feature_augment,
     "logits": logits,
 }
 
