@@ -37,8 +37,10 @@ from .losses.gram import (
     linear_cka,
 )
 from .losses.logits import DISTLoss, DKDLoss, KDLoss, NKDLoss
+from .losses.non_local import NonLocalBlock, NonLocalLoss
 from .losses.pcka import MimicLoss, PatchLoss, PCKALoss
 from .losses.review import ReviewKDLoss
+from .losses.structured import StructuredKDLoss
 
 __all__ = [
     "AttentionGuidedLoss",
@@ -60,6 +62,8 @@ __all__ = [
     "LogitCKALoss",
     "MimicLoss",
     "NKDLoss",
+    "NonLocalBlock",
+    "NonLocalLoss",
     "NormLoss",
     "PCKALoss",
     "PairwiseAffinityLoss",
@@ -67,6 +71,7 @@ __all__ = [
     "RCKALoss",
     "ReviewKDLoss",
     "SimilarityPreservingLoss",
+    "StructuredKDLoss",
     "attention_masks",
     "compute_class_means",
     "direction_norm_loss",
