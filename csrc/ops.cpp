@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/affinity_ops.h"
 #include "cpu/attention_mask_ops.h"
 #include "cpu/direction_ops.h"
 #include "cpu/gram_ops.h"
@@ -15,6 +16,8 @@
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  m.impl("affinity", TORCH_BOX(&kd::affinity_cpu));
+  m.impl("affinity_backward", TORCH_BOX(&kd::affinity_backward_cpu));
   m.impl("attention_mask", TORCH_BOX(&kd::attention_mask_cpu));
   m.impl("attention_mask_backward", TORCH_BOX(&kd::attention_mask_backward_cpu));
   m.impl("attention_pool", TORCH_BOX(&kd::attention_pool_cpu));

@@ -32,20 +32,17 @@ class Provider(NamedTuple):
     loss: nn.Module
 
 
-def _providers(
-    loss: nn.Module, uses_kdfast: bool, device: str, compiled: bool
-) -> tuple[list[Provider], dict]:
+def _providers(loss: nn.Module, device: str, compiled: bool) -> tuple[list[Provider], dict]:
     """What can be timed, and the reasons for what cannot."""
     found, missing = [Provider("eager PyTorch", "reference", loss)], {}
     if compiled:
         found.append(Provider("torch.compile", "reference", torch.compile(loss, dynamic=False)))
-    if uses_kdfast:
-        available = kdfast.info()["backends"]
-        for backend in ("cpu",) if device == "cpu" else ("triton", "cuda"):
-            if available[backend] == "available":
-                found.append(Provider(f"kdfast ({backend})", backend, loss))
-            else:
-                missing[f"kdfast ({backend})"] = available[backend]
+    available = kdfast.info()["backends"]
+    for backend in ("cpu",) if device == "cpu" else ("triton", "cuda"):
+        if available[backend] == "available":
+            found.append(Provider(f"kdfast ({backend})", backend, loss))
+        else:
+            missing[f"kdfast ({backend})"] = available[backend]
     return found, missing
 
 
@@ -88,7 +85,7 @@ def _outputs(student: ConvNet, teacher: ConvNet, split: Split, batch: int) -> tu
 
 
 def time_losses(
-    losses: dict[str, tuple[nn.Module, bool]],
+    losses: dict[str, nn.Module],
     student: ConvNet,
     teacher: ConvNet,
     split: Split,
@@ -99,15 +96,15 @@ def time_losses(
     """Time every loss at every batch size: providers in turn, several rounds, the median of the rounds.
 
     Args:
-        losses: name -> (loss, whether it has kdfast backends).
+        losses: name -> loss.
 
     A provider whose value or gradient differs from eager PyTorch is named in the table and not timed.
     """
     device, timings = split.images.device.type, []
-    for title, (loss, uses_kdfast) in losses.items():
+    for title, loss in losses.items():
         for size in dict.fromkeys(min(size, len(split.labels)) for size in sizes):
             arguments = _outputs(student, teacher, split, size)
-            providers, missing = _providers(loss, uses_kdfast, device, compiled)
+            providers, missing = _providers(loss, device, compiled)
             expected, repeats, rounds = None, {}, {}
             for provider in providers:
                 try:

@@ -15,6 +15,7 @@ if _extension.load_error is not None:
 
 from .backend import info, use_backend
 from .class_means import ClassMeans, compute_class_means
+from .losses.affinity import concatenation_affinity, dot_product_affinity, softmax_affinity
 from .losses.attention import AttentionGuidedLoss, attention_masks
 from .losses.crd import CRDLoss
 from .losses.direction import (
@@ -74,10 +75,13 @@ __all__ = [
     "StructuredKDLoss",
     "attention_masks",
     "compute_class_means",
+    "concatenation_affinity",
     "direction_norm_loss",
+    "dot_product_affinity",
     "gram_products",
     "imitation_mask",
     "info",
     "linear_cka",
+    "softmax_affinity",
     "use_backend",
 ]

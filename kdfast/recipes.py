@@ -48,39 +48,67 @@ IMAGENET_PAIRS = (
     "resnet152-resnet18",
     "resnet50-mobilenetv1",
 )
-# method: (kd, or (alpha, beta) for DKD; nd), in the order of the pairs
-_CIFAR: dict[str, tuple[tuple, tuple]] = {
-    "kd++": ((1.0, 3.5, 1.0, 3.0, 2.5, 4.0), (2.0, 2.0, 1.5, 0.5, 1.5, 0.5)),
-    "dkd++": (((2.5, 4), (2, 8), (1, 6), (0.5, 8), (0.5, 8), (0.5, 6)), (3.5, 0.5, 1.0, 1.0, 4.0, 0.5)),
-    "dist++": ((2.0, 1.5, 2.5, 7.0, 2.5, 3.0), (1.0, 4.0, 3.0, 1.0, 3.0, 4.0)),
-    "reviewkd++": ((1.2, 8, 5, 6, 7, 8), (1.0, 1.0, 4.0, 2.0, 1.0, 1.5)),
-}
-_IMAGENET: dict[str, tuple[tuple, tuple]] = {
-    "kd++": ((2.5, 4.0, 3.5, 4.0, 4.0), (1, 1, 4, 2, 1)),
-    "dkd++": (((0.8, 0.5), (0.6, 0.5), (0.8, 0.5), (1, 1), (0.8, 1)), (1, 2, 1, 1, 1)),
-    "reviewkd++": ((1, 3, 3, 3, 8), (3, 2, 1, 1, 4)),
-}
+VIT_PAIRS = ("vit_small-resnet18", "vit_base-resnet18")
+COCO_PAIRS = ("resnet101-resnet18", "resnet101-resnet50", "resnet50-mobilenetv2")  # Faster R-CNN with FPN
 
 
-def _table() -> dict[tuple[str, str, str], Recipe]:
+@dataclass(frozen=True)
+class _Table:
+    """Rows of one data set: method -> (kd, or (alpha, beta) for DKD; nd), in the order of the pairs."""
+
+    dataset: str
+    pairs: tuple[str, ...]
+    temperature: float
+    warmup: int
+    warm_nd: tuple[str, ...]  # the methods whose scripts warm dino-loss up too
+    methods: dict[str, tuple[tuple, tuple]]
+
+
+_TABLES = (
+    _Table(
+        "cifar100", CIFAR_PAIRS, 4.0, 20, (),
+        {
+            "kd++": ((1.0, 3.5, 1.0, 3.0, 2.5, 4.0), (2.0, 2.0, 1.5, 0.5, 1.5, 0.5)),
+            "dkd++": (((2.5, 4), (2, 8), (1, 6), (0.5, 8), (0.5, 8), (0.5, 6)), (3.5, 0.5, 1.0, 1.0, 4.0, 0.5)),
+            "dist++": ((2.0, 1.5, 2.5, 7.0, 2.5, 3.0), (1.0, 4.0, 3.0, 1.0, 3.0, 4.0)),
+            "reviewkd++": ((1.2, 8, 5, 6, 7, 8), (1.0, 1.0, 4.0, 2.0, 1.0, 1.5)),
+        },
+    ),
+    _Table(
+        "imagenet", IMAGENET_PAIRS, 1.0, 5, ("kd++", "dkd++", "reviewkd++"),
+        {
+            "kd++": ((2.5, 4.0, 3.5, 4.0, 4.0), (1, 1, 4, 2, 1)),
+            "dkd++": (((0.8, 0.5), (0.6, 0.5), (0.8, 0.5), (1, 1), (0.8, 1)), (1, 2, 1, 1, 1)),
+            "reviewkd++": ((1, 3, 3, 3, 8), (3, 2, 1, 1, 4)),
+        },
+    ),
+    _Table(
+        "imagenet", VIT_PAIRS, 1.0, 5, ("dkd++",),
+        {"kd++": ((1.5, 2.0), (1, 1)), "dkd++": (((1, 1), (1.4, 0.5)), (2, 2))},
+    ),
+    # On the embeddings and logits of the box head, for the student's proposals; labels include the background.
+    _Table(
+        "coco", COCO_PAIRS, 1.0, 0, (),
+        {"kd++": ((1.0, 1.0, 1.0), (1.5, 1.0, 1.0)), "reviewkd++": ((1.2, 1.4, 2.2), (1.5, 1.0, 1.5))},
+    ),
+)  # fmt: skip
+
+
+def _recipes() -> dict[tuple[str, str, str], Recipe]:
     found = {}
-    for dataset, pairs, temperature, warmup, methods in (
-        ("cifar100", CIFAR_PAIRS, 4.0, 20, _CIFAR),
-        ("imagenet", IMAGENET_PAIRS, 1.0, 5, _IMAGENET),
-    ):
-        for method, (kd, nd) in methods.items():
-            warm_nd = dataset == "imagenet"  # those scripts warm dino-loss up too
-            for pair, k, n in zip(pairs, kd, nd, strict=True):
+    for table in _TABLES:
+        for method, (kd, nd) in table.methods.items():
+            for pair, k, n in zip(table.pairs, kd, nd, strict=True):
                 alpha, beta = k if isinstance(k, tuple) else (None, None)
                 weight = None if isinstance(k, tuple) else float(k)
-                found[method, dataset, pair] = Recipe(
-                    weight, float(n), temperature, warmup, alpha, beta, warm_nd
+                found[method, table.dataset, pair] = Recipe(
+                    weight, float(n), table.temperature, table.warmup, alpha, beta, method in table.warm_nd
                 )
     return found
 
 
 #: (method, data set, "teacher-student") -> published weights
-RECIPES = _table()
+RECIPES = _recipes()
 
 
 class PlusPlusLoss(nn.Module):

@@ -39,7 +39,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_accuracy_table(report):
     table = {row["method"]: row for row in rows(report / "accuracy.csv")}
-    assert list(table) == ["teacher", "plain student", "KD", "RCKA"]
+    assert list(table) == ["teacher", "plain student", "KD", "RCKA", "KD++"]
     assert float(table["teacher"]["mean"]) > 50  # two epochs on 1,000 images; guessing gives 10
     for row in table.values():
         assert 0 <= float(row["min"]) <= float(row["mean"]) <= float(row["max"]) <= 100
@@ -51,7 +51,8 @@ def test_accuracy_table(report):
 def test_loss_time_names_every_provider(report):
     table = rows(report / "loss_time.csv")
     assert {row["batch"] for row in table} == {"64", "96"}
-    assert {row["provider"] for row in table if row["loss"] == "RCKA"} == {"eager PyTorch", "kdfast (cpu)"}
+    for loss in ("KD", "RCKA", "KD++"):
+        assert {row["provider"] for row in table if row["loss"] == loss} == {"eager PyTorch", "kdfast (cpu)"}
     for row in table:
         assert float(row["ms"]) > 0 if row["ms"] else row["note"]
         assert "differs" not in row["note"]
@@ -59,7 +60,7 @@ def test_loss_time_names_every_provider(report):
 
 def test_cka_of_every_pair_of_layers(report):
     table = rows(report / "cka.csv")
-    states = {"before training", "after: plain student", "after: KD", "after: RCKA"}
+    states = {"before training", "after: plain student", "after: KD", "after: RCKA", "after: KD++"}
     pairs = {(row["state"], row["teacher_layer"], row["student_layer"]) for row in table}
     assert {state for state, _, _ in pairs} == states
     assert len(pairs) == len(table) == len(states) * 7 * 4
@@ -71,6 +72,17 @@ def test_report_links_what_exists(report):
     for name in ("accuracy.csv", "runs.csv", "loss_time.csv", "cka.csv", "curves.png", "cka.png"):
         assert f"]({name})" in text
         assert (report / name).stat().st_size > 0
+
+
+def test_every_method_trains(tmp_path):
+    methods = ("dkd", "dist", "reviewkd", "dkd++", "dist++", "reviewkd++")
+    short = ("--seeds", "1", "--epochs", "1", "--teacher-epochs", "1", "--train-fraction", "0.1")
+    small = ("--batch-size", "32", "--large-batch", "32", "--no-compile", "--quiet", "--device", "cpu")
+    done = run("--out", str(tmp_path), *short, *small, "--loss", *methods)
+    assert done.returncode == 0, done.stderr
+    timed = [row for row in rows(tmp_path / "loss_time.csv") if row["provider"] == "kdfast (cpu)"]
+    assert [row["loss"] for row in timed] == ["DKD", "DIST", "ReviewKD", "DKD++", "DIST++", "ReviewKD++"]
+    assert all(float(row["ms"]) > 0 for row in timed)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,15 @@ from kdfast.recipes import RECIPES, PlusPlusLoss, Recipe, plus_plus
 
 
 def test_published_rows():
-    assert len(RECIPES) == 4 * 6 + 3 * 5
+    assert len(RECIPES) == 4 * 6 + 3 * 5 + 2 * 2 + 2 * 3
     row = RECIPES["dkd++", "cifar100", "resnet50-mobilenetv2"]
     assert (row.kd, row.alpha, row.beta, row.nd, row.temperature, row.warmup) == (None, 0.5, 8, 1.0, 4.0, 20)
     row = RECIPES["kd++", "imagenet", "resnet101-resnet18"]
     assert (row.kd, row.nd, row.temperature, row.warmup, row.warm_nd) == (3.5, 4.0, 1.0, 5, True)
+    row = RECIPES["kd++", "imagenet", "vit_base-resnet18"]
+    assert (row.kd, row.nd, row.warm_nd) == (2.0, 1.0, False)
+    row = RECIPES["reviewkd++", "coco", "resnet101-resnet50"]
+    assert (row.kd, row.nd, row.temperature, row.warmup) == (1.4, 1.0, 1.0, 0)
 
 
 @pytest.mark.parametrize("warm_nd", [False, True])

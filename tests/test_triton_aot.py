@@ -68,6 +68,19 @@ def _attention(shape, dtype, channels_last=False, signed=False, through=False, f
     return call
 
 
+def _affinity(e, dtype, transposed=True):
+    def call():
+        from kdfast.kernels.affinity import affinity, affinity_backward
+
+        a = torch.empty(2, 4200, dtype=dtype, device="meta")
+        g = torch.empty(2, e, 4200, dtype=dtype, device="meta").mT
+        g = g if transposed else g.contiguous()
+        out, *orders = affinity(a, a, g)
+        affinity_backward(out, a, a, g, *orders, True, True, True)
+
+    return call
+
+
 def _direction(rows, columns, dtype, balanced=False, labelled=True, teacher=True):
     def call():
         from kdfast.kernels.direction import direction, direction_backward
@@ -97,6 +110,10 @@ CASES = {
     "gram-inter-bf16": ("highest", _gram(128, 1000, bf16, inter=True, centered=False)),
     "gram-features-ieee": ("highest", _gram(5000, 64, f32, feature_side=True)),
     "gram-features-f16": ("highest", _gram(5000, 100, f16, feature_side=True)),
+    "affinity-f32": ("highest", _affinity(128, f32)),
+    "affinity-bf16": ("highest", _affinity(256, bf16, transposed=False)),
+    "affinity-f16-narrow": ("highest", _affinity(20, f16)),
+    "affinity-f64": ("highest", _affinity(128, f64)),
     "attention-f32": ("highest", _attention((2, 256, 100, 168), f32)),
     "attention-bf16-signed": ("highest", _attention((2, 256, 50, 84), bf16, signed=True)),
     "attention-f16-channels-last": ("highest", _attention((2, 256, 50, 84), f16, True, signed=True)),

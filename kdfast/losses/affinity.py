@@ -1,32 +1,116 @@
-"""STAND-IN for the branch `affinity`, in plain PyTorch: the merge takes theirs."""
+"""Non-local relations of positions without the n x m matrix: dot product, softmax, concatenation (METHODS: Table IX)."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops.affinity import affinity
+from ._common import check_float, describe
 
 
 def dot_product_affinity(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-    """theta_i . phi_j g_j summed over j, divided by the number of keys: [B, e, H, W]."""
-    summary = torch.einsum("bdm,bem->bde", phi.flatten(2), g.flatten(2)) / phi[0, 0].numel()
-    return torch.einsum("bdhw,bde->behw", theta, summary)
+    """y_i = 1/(h w) Σ_j (θ_i·φ_j) g_j, as linear attention: (g φᵀ / m) θ wherever that takes fewer operations.
+
+    Args:
+        theta: queries [B, d, H, W].
+        phi, g: keys [B, d, h, w] and values [B, e, h, w]; h x w may be smaller than H x W.
+
+    Returns:
+        [B, e, H, W] in the inputs' dtype and the memory format of ``theta``. Differentiable in all three, any number of
+        times. Memory beside the result: e x d per image.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+    """
+    _check_maps(theta, phi, g)
+    q, k, v = (x.flatten(2) for x in (theta, phi, g))  # [B, d, n], [B, d, m], [B, e, m]
+    d, e, n, m = q.shape[1], v.shape[1], q.shape[2], k.shape[2]
+    last = q.stride(1) < q.stride(2)  # channels are neighbours
+    if (n + m) * d * e <= n * m * (d + e):
+        # alpha scales before the product is rounded to half precision.
+        if last:
+            y = (q.mT @ _scaled(k, v.mT, 1 / m)).mT
+        else:
+            y = _scaled(v, k.mT, 1 / m) @ q
+    else:
+        y = v @ _scaled(k.mT, q, 1 / m)
+    return y.unflatten(2, theta.shape[2:])
+
+
+def _scaled(x: Tensor, y: Tensor, factor: float) -> Tensor:
+    return torch.baddbmm(x.new_empty(1, 1, 1), x, y, beta=0, alpha=factor)
 
 
 def softmax_affinity(theta: Tensor, phi: Tensor, g: Tensor, *, scale: float | None = None) -> Tensor:
-    """softmax_j(scale * theta_i . phi_j) g_j summed over j: [B, e, H, W]."""
-    query, key, value = (v.flatten(2).transpose(1, 2)[:, None].contiguous() for v in (theta, phi, g))
-    width = max(query.shape[-1], value.shape[-1])
-    query, key, value = (nn.functional.pad(v, (0, width - v.shape[-1])) for v in (query, key, value))
-    out = nn.functional.scaled_dot_product_attention(query, key, value, scale=1.0 if scale is None else scale)
-    return out[:, 0, :, : g.shape[1]].transpose(1, 2).unflatten(2, theta.shape[2:])
+    """y_i = Σ_j softmax_j(scale θ_i·φ_j) g_j, by PyTorch's scaled dot-product attention.
+
+    Args:
+        theta, phi, g: as in :func:`dot_product_affinity`.
+        scale: None means 1, as in the published blocks (mmcv's default divides by sqrt(d)).
+
+    Returns:
+        [B, e, H, W]. Differentiable in all three, once. PyTorch picks its backend; widths of keys and values are made
+        equal with zeros, which change nothing, so that the backends without an n x m matrix can be picked.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+    """
+    _check_maps(theta, phi, g)
+    e, width = g.shape[1], max(theta.shape[1], g.shape[1])
+    # [B, 1, positions, width]: the backends read neighbours along the last axis.
+    q, k, v = (_padded(x.flatten(2).mT, width).contiguous()[:, None] for x in (theta, phi, g))
+    y = F.scaled_dot_product_attention(q, k, v, scale=1.0 if scale is None else scale)
+    return y[:, 0, :, :e].mT.unflatten(2, theta.shape[2:])
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[2] == width else F.pad(x, (0, width - x.shape[2]))
 
 
 def concatenation_affinity(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-    """relu(a_i + b_j) g_j summed over j, divided by the number of keys: [B, n, e]."""
-    b, order = b.sort(1)
-    g = g.gather(1, order[..., None].expand_as(g))
-    both = torch.cat([g, b[..., None] * g], 2)
-    sums = nn.functional.pad(both.flip(1).cumsum(1).flip(1), (0, 0, 0, 1))  # suffix sums, and none
-    first = torch.searchsorted(b.contiguous(), -a.contiguous())[..., None].expand(-1, -1, both.shape[2])
-    plain, weighted = sums.gather(1, first).chunk(2, 2)
-    return (a[..., None] * plain + weighted) / b.shape[1]
+    """y_i = 1/m Σ_j ReLU(a_i + b_j) g_j, exactly, by sorting instead of comparing all pairs.
+
+    Args:
+        a: the queries' share w_1·θ_i, [B, n].
+        b: the keys' share w_2·φ_j, [B, m], m >= 1.
+        g: values [B, m, e], any strides; a transposed [B, e, m] is read in place.
+
+    Returns:
+        [B, n, e] in the inputs' dtype, laid out as ``g`` is. Differentiable in all three, any number of times. Time
+        O((n + m) (log m + e)), memory beside the result a few numbers per position. The gradient of ReLU at 0 is 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+
+    Source: Zhang & Ma, TPAMI 2023, Table IX; Wang et al., Non-local Neural Networks, CVPR 2018.
+    """
+    for name, x in (("a", a), ("b", b), ("g", g)):
+        check_float(name, x)
+    same = a.dtype == b.dtype == g.dtype and a.device == b.device == g.device
+    shapes = (a.dim(), b.dim(), g.dim()) == (2, 2, 3) and a.shape[0] == b.shape[0] == g.shape[0]
+    if not same or not shapes or b.shape[1] != g.shape[1] or not b.shape[1]:
+        raise ValueError(
+            f"a, b, g: need [B, n], [B, m] and [B, m, e] with m >= 1, one dtype and one device, "
+            f"got {describe(a)}, {describe(b)}, {describe(g)}"
+        )
+    return affinity(a, b, g)
+
+
+def _check_maps(theta: Tensor, phi: Tensor, g: Tensor) -> None:
+    for name, x in (("theta", theta), ("phi", phi), ("g", g)):
+        check_float(name, x)
+    same = theta.dtype == phi.dtype == g.dtype and theta.device == phi.device == g.device
+    if not same or not (theta.dim() == phi.dim() == g.dim() == 4) or not phi[:, :1].numel():
+        fits = False
+    else:
+        fits = theta.shape[:2] == phi.shape[:2] and (phi.shape[0], *phi.shape[2:]) == (
+            g.shape[0],
+            *g.shape[2:],
+        )
+    if not fits:
+        raise ValueError(
+            f"theta, phi, g: need [B, d, H, W], [B, d, h, w] and [B, e, h, w], h and w at least 1, one dtype and one "
+            f"device, got {describe(theta)}, {describe(phi)}, {describe(g)}"
+        )

@@ -1,0 +1,95 @@
+"""Non-local relations at FPN sizes of 800 x 1344 images, P2 to P5, keys pooled or not; all pairs as published beside.
+
+Dot product and softmax have no kernel of their own: `eager` and `compile` are the same code as kdfast there, and `naive` is
+what published code does, the matrix of all pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import kdfast
+from kdfast.reference import affinity as reference
+
+from ..case import Baseline, Case
+
+SOURCE = "non-local modules on FPN levels, 800 x 1344 images (Zhang & Ma 2023, Table IX)"
+SIZES = {67200: (200, 336), 16800: (100, 168), 4200: (50, 84), 1050: (25, 42)}
+
+
+def _maps(n: int, m: int, d: int) -> Callable[[torch.device, int], list[Tensor]]:
+    def make(device: torch.device, seed: int) -> list[Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        shapes = ((1, d, *SIZES[n]), (1, d, *SIZES[m]), (1, d, *SIZES[m]))
+        theta, phi, g = (torch.randn(s, device=device, generator=generator) for s in shapes)
+        return [theta / math.sqrt(d), phi, g]
+
+    return make
+
+
+def _pairs(n: int, m: int, e: int) -> Callable[[torch.device, int], list[Tensor]]:
+    def make(device: torch.device, seed: int) -> list[Tensor]:
+        generator = torch.Generator(device).manual_seed(seed)
+        a, b, g = (torch.randn(s, device=device, generator=generator) for s in ((1, n), (1, m), (1, e, m)))
+        return [a, b, g.mT]
+
+    return make
+
+
+def _flat(dense: Callable) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def loss(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+        return dense(*(v.flatten(2) for v in (theta, phi, g))).square().mean()
+
+    return loss
+
+
+def _squared(relation: Callable) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda *inputs: relation(*inputs).square().mean()
+
+
+def _case(kind: str, n: int, m: int, d: int) -> Case:
+    matrix = 4 * n * m
+    common = {
+        "family": "affinity",
+        "name": f"{kind}, {n:,} queries, {m:,} keys, {d} wide",
+        "source": SOURCE,
+        "op": "affinity",
+        "needs_grad": (True, True, True),
+    }
+    # Queries, keys and values read once forward and once backward, results and gradients written once.
+    moved = 4 * d * (5 * n + 6 * m)
+    if kind == "concatenation":
+        return Case(
+            loss=_squared(kdfast.concatenation_affinity),
+            make=_pairs(n, m, d),
+            bytes=4 * (2 * d * n + 3 * d * m + 4 * (n + m)),
+            flops=6 * (n + m) * d,
+            memory=4 * matrix,
+            **common,
+        )
+    dense = reference.dot_product if kind == "dot product" else reference.softmax
+    call = kdfast.dot_product_affinity if kind == "dot product" else kdfast.softmax_affinity
+    cheaper = min((n + m) * d * d, 2 * n * m * d) if kind == "dot product" else 2 * n * m * d
+    return Case(
+        loss=_squared(call),
+        make=_maps(n, m, d),
+        bytes=moved,
+        flops=6 * cheaper,
+        baselines={"naive": Baseline(_flat(dense), tolerance=1e-4, memory=5 * matrix)},
+        memory=0 if kind == "dot product" else 16 * d * (n + m),
+        **common,
+    )
+
+
+def cases() -> list[Case]:
+    concatenation = [(1050, 1050, 128), (4200, 4200, 128), (16800, 16800, 128), (67200, 67200, 128)]
+    concatenation += [(4200, 1050, 128), (67200, 1050, 64), (4200, 4200, 256)]
+    return [
+        *(_case("concatenation", *size) for size in concatenation),
+        *(_case("dot product", *size) for size in (*concatenation, (1050, 1050, 64))),
+        *(_case("softmax", *size) for size in ((1050, 1050, 64), (4200, 1050, 128), (4200, 4200, 128))),
+    ]
