@@ -7,6 +7,7 @@
 
 #include "cpu/affinity_ops.h"
 #include "cpu/attention_mask_ops.h"
+#include "cpu/criss_cross_ops.h"
 #include "cpu/direction_ops.h"
 #include "cpu/gram_ops.h"
 #include "cpu/logits_ops.h"
@@ -22,6 +23,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("attention_mask_backward", TORCH_BOX(&kd::attention_mask_backward_cpu));
   m.impl("attention_pool", TORCH_BOX(&kd::attention_pool_cpu));
   m.impl("masked_distance", TORCH_BOX(&kd::masked_distance_cpu));
+  m.impl("criss_cross", TORCH_BOX(&kd::criss_cross_cpu));
+  m.impl("criss_cross_backward", TORCH_BOX(&kd::criss_cross_backward_cpu));
   m.impl("direction", TORCH_BOX(&kd::direction_cpu));
   m.impl("direction_backward", TORCH_BOX(&kd::direction_backward_cpu));
   m.impl("gram", TORCH_BOX(&kd::gram_cpu));

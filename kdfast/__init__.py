@@ -18,6 +18,7 @@ from .class_means import ClassMeans, compute_class_means
 from .losses.affinity import concatenation_affinity, dot_product_affinity, softmax_affinity
 from .losses.attention import AttentionGuidedLoss, attention_masks
 from .losses.crd import CRDLoss
+from .losses.criss_cross import criss_cross_attention
 from .losses.direction import (
     DirectionLoss,
     DirectionNormLoss,
@@ -75,7 +76,7 @@ __all__ = [
     "StructuredKDLoss",
     "attention_masks",
     "compute_class_means",
-    "concatenation_affinity",
+    "criss_cross_attention",
     "direction_norm_loss",
     "dot_product_affinity",
     "gram_products",

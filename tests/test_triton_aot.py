@@ -68,15 +68,15 @@ def _attention(shape, dtype, channels_last=False, signed=False, through=False, f
     return call
 
 
-def _affinity(e, dtype, transposed=True):
+def _criss_cross(shape, d, dtype, channels_last=False):
     def call():
-        from kdfast.kernels.affinity import affinity, affinity_backward
+        from kdfast.kernels.criss_cross import criss_cross, criss_cross_backward
 
-        a = torch.empty(2, 4200, dtype=dtype, device="meta")
-        g = torch.empty(2, e, 4200, dtype=dtype, device="meta").mT
-        g = g if transposed else g.contiguous()
-        out, *orders = affinity(a, a, g)
-        affinity_backward(out, a, a, g, *orders, True, True, True)
+        value = torch.empty(shape, dtype=dtype, device="meta")
+        value = value.contiguous(memory_format=torch.channels_last) if channels_last else value
+        query = value[:, :d].clone(memory_format=torch.preserve_format)
+        out, lse = criss_cross(query, query, value)
+        criss_cross_backward(out, query, query, value, out, lse, True, True, True)
 
     return call
 
@@ -121,6 +121,11 @@ CASES = {
     "attention-f32-strided": ("highest", _attention((2, 256, 13, 22), f32, flat=False)),
     "attention-f32-small": ("highest", _attention((2, 5, 3, 7), f32, signed=True, through=True)),
     "attention-f64": ("highest", _attention((2, 256, 25, 42), f64, through=True)),
+    "criss-cross-ieee": ("highest", _criss_cross((2, 256, 64, 64), 32, f32)),
+    "criss-cross-tf32": ("high", _criss_cross((2, 512, 97, 97), 64, f32)),
+    "criss-cross-bf16": ("highest", _criss_cross((2, 256, 50, 84), 32, bf16, channels_last=True)),
+    "criss-cross-f16": ("highest", _criss_cross((2, 64, 25, 42), 8, f16)),
+    "criss-cross-f64": ("highest", _criss_cross((2, 64, 32, 32), 8, f64)),
     "direction-f32": ("highest", _direction(128, 64, f32)),
     "direction-bf16": ("highest", _direction(1024, 1000, bf16, balanced=True)),
     "direction-f16": ("highest", _direction(8192, 2048, f16, labelled=False)),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import affinity, attention, direction, gram, logits, pcka
+from . import attention, criss_cross, direction, gram, logits, pcka
 
 FAMILIES = {
     "affinity": affinity,
     "gram": gram,
     "pcka": pcka,
     "attention": attention,
+    "criss_cross": criss_cross,
     "direction": direction,
     "logits": logits,
     "structured": structured,

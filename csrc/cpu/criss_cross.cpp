@@ -1,0 +1,178 @@
+// Op criss_cross on the CPU: checks and threads. A row pass, then a column pass that adds to its results:
+// every result is written by one thread per pass. Formulas: kdfast/reference/criss_cross.py.
+
+#include "cpu/criss_cross.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <iterator>
+#include <memory>
+
+#include "common/dtype.h"
+#include "common/gradient.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "cpu/criss_cross_ops.h"
+
+namespace kd {
+
+KD_DECLARE_ISA(extern const CrissCrossKernels<float> criss_cross_float;
+               extern const CrissCrossKernels<double> criss_cross_double;)
+
+namespace {
+
+using torch::stable::Tensor;
+
+// Neighbouring lines that are worked on together: image rows in one piece of memory, image columns that share
+// lines of the cache. As many columns as leave a workspace within 1/kShare of the scores in float32.
+constexpr int64_t kRowsTogether = 4, kColumnsTogether[] = {16, 8, 4}, kShare = 24;
+constexpr int64_t kTask = 1 << 20;  // multiply-adds for a thread to be worth its start
+
+template <class A>
+const CrissCrossKernels<A>& kernels() {
+  if constexpr (sizeof(A) == 4) {
+    return KD_DISPATCH_ISA(criss_cross_float);
+  } else {
+    return KD_DISPATCH_ISA(criss_cross_double);
+  }
+}
+
+struct Maps {
+  const Tensor *query, *key, *value, *out;
+  const Tensor *grad_out = nullptr, *grad_query = nullptr, *grad_key = nullptr, *grad_value = nullptr;
+};
+
+CrissCrossType type_of(const Tensor& x) {
+  return dispatch_float(x.scalar_type(), "criss_cross: query", [](auto zero) {
+    using T = decltype(zero);
+    return std::is_same_v<T, double>     ? CrissCrossType::f64
+           : std::is_same_v<T, Half>     ? CrissCrossType::f16
+           : std::is_same_v<T, BFloat16> ? CrissCrossType::bf16
+                                         : CrissCrossType::f32;
+  });
+}
+
+void check(const Tensor& x, const Tensor& query, int64_t channels, const char* name) {
+  KD_CHECK(x.dim() == 4 && query.dim() == 4 && channels >= 1 && x.size(0) == query.size(0) &&
+               x.size(1) == channels && x.size(2) == query.size(2) && x.size(3) == query.size(3),
+           "criss_cross: ", name, " does not fit query: need [B, channels, H, W] of one B, H, W");
+  KD_CHECK(x.scalar_type() == query.scalar_type(), "criss_cross: ", name, " must be ",
+           toString(query.scalar_type()), " as query is, got ", toString(x.scalar_type()));
+}
+
+CrissCrossMap map_of(const Tensor* x, bool column) {
+  if (x == nullptr || x->numel() == 0) return {nullptr, 0, 0, 0, 0};
+  const int64_t line = column ? 3 : 2, position = column ? 2 : 3;
+  return {const_cast<void*>(x->const_data_ptr()), x->stride(0), x->stride(1), x->stride(line),
+          x->size(position) == 1 ? 1 : x->stride(position)};
+}
+
+// Depends on shapes and strides only, so that results do not depend on the number of threads.
+template <class A>
+int64_t lines_together(const Tensor& value, const CrissCrossCall<A>& call, bool is_backward) {
+  if (value.stride(3) != 1 || value.stride(2) == 1) return 1;
+  if (!call.column) return kRowsTogether;
+  const int64_t scores = 4 * value.size(0) * value.size(2) * value.size(3) * (value.size(2) + value.size(3));
+  for (const int64_t columns : kColumnsTogether) {
+    const int64_t bytes =
+        kernels<A>().workspace(call, columns, is_backward) * static_cast<int64_t>(sizeof(A));
+    if (bytes * kShare <= scores) return columns;
+  }
+  return std::end(kColumnsTogether)[-1];
+}
+
+template <class A>
+void run(const Maps& maps, A* lse, A* delta, bool is_backward) {
+  const Tensor& value = *maps.value;
+  const int64_t images = value.size(0), height = value.size(2), width = value.size(3);
+  for (const bool column : {false, true}) {
+    if (column && height == 1) return;  // no cell but the own one
+    CrissCrossCall<A> call{};
+    call.dtype = type_of(value);
+    call.query = map_of(maps.query, column), call.key = map_of(maps.key, column);
+    call.value = map_of(maps.value, column), call.out = map_of(maps.out, column);
+    call.grad_out = map_of(maps.grad_out, column), call.grad_query = map_of(maps.grad_query, column);
+    call.grad_key = map_of(maps.grad_key, column), call.grad_value = map_of(maps.grad_value, column);
+    call.lines = column ? width : height, call.length = column ? height : width;
+    call.channels = maps.query->size(1), call.values = value.size(1);
+    call.column = column, call.lse = lse, call.delta = delta;
+    call.image_step = height * width, call.line_step = column ? 1 : width;
+    call.position_step = column ? width : 1;
+    const int64_t step = lines_together(value, call, is_backward), blocks = (call.lines + step - 1) / step;
+    const int64_t work = step * call.length * call.length * (call.channels + call.values);
+    const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(work, 1));
+    parallel_for(0, images * blocks, grain, [&](int64_t begin, int64_t end) {
+      const int64_t elements = kernels<A>().workspace(call, step, is_backward);
+      const size_t bytes = (static_cast<size_t>(elements) * sizeof(A) + 63) / 64 * 64;
+      const std::unique_ptr<A, decltype(&std::free)> workspace(static_cast<A*>(std::aligned_alloc(64, bytes)),
+                                                               &std::free);
+      KD_CHECK(workspace, "criss_cross: out of memory for a workspace of ", bytes, " bytes");
+      const auto pass = is_backward ? kernels<A>().backward : kernels<A>().forward;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % blocks * step;
+        pass(call, i / blocks, first, std::min(step, call.lines - first), workspace.get());
+      }
+    });
+  }
+}
+
+// f(A{}) with the type of sums.
+template <class F>
+void with_accumulator(const Tensor& x, const F& f) {
+  x.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+Tensor statistics(const Tensor& x) {
+  return torch::stable::new_empty(
+      x, {x.size(0), x.size(2), x.size(3)},
+      x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+}
+
+void check_inputs(const Tensor& query, const Tensor& key, const Tensor& value) {
+  KD_CHECK(query.dim() == 4 && value.dim() == 4,
+           "criss_cross: query and value need 4 axes [B, channels, H, W]");
+  check(query, query, query.size(1), "query");
+  check(key, query, query.size(1), "key");
+  check(value, query, value.size(1), "value");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> criss_cross_cpu(const Tensor& query, const Tensor& key, const Tensor& value) {
+  check_inputs(query, key, value);
+  Tensor out = new_gradient(value), lse = statistics(value);
+  if (out.numel() == 0) return {out, lse};
+  with_accumulator(value, [&](auto zero) {
+    using A = decltype(zero);
+    run<A>({&query, &key, &value, &out}, static_cast<A*>(lse.data_ptr()), nullptr, false);
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> criss_cross_backward_cpu(const Tensor& grad_out, const Tensor& query,
+                                                            const Tensor& key, const Tensor& value,
+                                                            const Tensor& out, const Tensor& lse,
+                                                            bool need_query, bool need_key, bool need_value) {
+  check_inputs(query, key, value);
+  check(grad_out, query, value.size(1), "grad_out");
+  check(out, query, value.size(1), "out");
+  Tensor grad_query = new_gradient(query, need_query), grad_key = new_gradient(key, need_key),
+         grad_value = new_gradient(value, need_value);
+  if (value.numel() == 0 || !(need_query || need_key || need_value))
+    return {grad_query, grad_key, grad_value};
+  KD_CHECK(lse.is_contiguous() && lse.numel() == value.size(0) * value.size(2) * value.size(3),
+           "criss_cross: lse must be the forward's, [B, H, W]");
+  const bool need_scores = need_query || need_key;
+  Tensor delta = need_scores ? statistics(value) : torch::stable::new_empty(lse, {0});
+  with_accumulator(value, [&](auto zero) {
+    using A = decltype(zero);
+    KD_CHECK(lse.element_size() == sizeof(A), "criss_cross: lse has a wrong type");
+    run<A>({&query, &key, &value, &out, &grad_out, &grad_query, &grad_key, &grad_value},
+           static_cast<A*>(const_cast<void*>(lse.const_data_ptr())), static_cast<A*>(delta.data_ptr()), true);
+  });
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace kd

@@ -1,0 +1,299 @@
+#pragma once
+
+// Tiles of the op criss_cross, for criss_cross.simd.cpp: packing lines of a map, and register-blocked
+// products. A tile holds some channels of some lines, [lines, channels, ld], positions side by side.
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+#include "cpu/criss_cross.h"
+#include "cpu/simd.h"
+
+namespace kd::KD_ISA {
+namespace {
+
+constexpr int kRows = 6, kVectors = 2;  // of a product held in registers: 12 of 16 vectors
+
+// to[u, n] = from[n, u] for four u and four n.
+template <class A>
+inline void transpose4(const A* from, int64_t ld_from, A* to, int64_t ld_to) {
+#if defined(__SSE__)
+  if constexpr (sizeof(A) == 4) {
+    __m128 r0 = _mm_loadu_ps(from), r1 = _mm_loadu_ps(from + ld_from), r2 = _mm_loadu_ps(from + 2 * ld_from),
+           r3 = _mm_loadu_ps(from + 3 * ld_from);
+    _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+    _mm_storeu_ps(to, r0), _mm_storeu_ps(to + ld_to, r1);
+    _mm_storeu_ps(to + 2 * ld_to, r2), _mm_storeu_ps(to + 3 * ld_to, r3);
+    return;
+  }
+#endif
+  A block[4][4];
+  for (int n = 0; n < 4; ++n) {
+    for (int u = 0; u < 4; ++u) block[u][n] = from[n * ld_from + u];
+  }
+  for (int u = 0; u < 4; ++u) __builtin_memcpy(to + u * ld_to, block[u], sizeof block[u]);
+}
+
+// Where units (channels, or lines) lie side by side in memory: to[u, n] = from[n, u].
+template <class T, class A>
+inline void gather_units(const T* from, int64_t step, int64_t units, int64_t length, A* to, int64_t ld) {
+  int64_t u = 0;
+  for (; u + 4 <= units; u += 4) {
+    int64_t n = 0;
+    for (; n + 4 <= length; n += 4) {
+      const T* const block = from + n * step + u;
+      if constexpr (__is_same(T, A)) {
+        transpose4(block, step, to + u * ld + n, ld);
+      } else {
+        A wide[16];
+        for (int i = 0; i < 4; ++i) convert(block + i * step, wide + 4 * i, 4);
+        transpose4(wide, 4, to + u * ld + n, ld);
+      }
+    }
+    for (; n < length; ++n) {
+      for (int i = 0; i < 4; ++i) to[(u + i) * ld + n] = static_cast<A>(load(from + n * step + u + i));
+    }
+  }
+  for (; u < units; ++u) {
+    for (int64_t n = 0; n < length; ++n) to[u * ld + n] = static_cast<A>(load(from + n * step + u));
+  }
+}
+
+template <class T, class A>
+inline void scatter_units(const A* from, int64_t ld, int64_t units, int64_t length, T* to, int64_t step) {
+  int64_t u = 0;
+  for (; u + 4 <= units; u += 4) {
+    int64_t n = 0;
+    for (; n + 4 <= length; n += 4) {
+      T* const block = to + n * step + u;
+      if constexpr (__is_same(T, A)) {
+        transpose4(from + u * ld + n, ld, block, step);
+      } else {
+        A wide[16];
+        transpose4(from + u * ld + n, ld, wide, 4);
+        for (int i = 0; i < 4; ++i) convert(wide + 4 * i, block + i * step, 4);
+      }
+    }
+    for (; n < length; ++n) {
+      for (int i = 0; i < 4; ++i) store(to + n * step + u + i, from[(u + i) * ld + n]);
+    }
+  }
+  for (; u < units; ++u) {
+    for (int64_t n = 0; n < length; ++n) store(to + n * step + u, from[u * ld + n]);
+  }
+}
+
+// Which part of a map a tile holds.
+struct Part {
+  int64_t image, line, lines, channel, channels;
+};
+
+template <class T>
+inline T* start_of(const CrissCrossMap& map, const Part& p) {
+  return static_cast<T*>(map.data) + p.image * map.image + p.line * map.line + p.channel * map.channel;
+}
+
+template <class T, class A>
+void pack_as(const CrissCrossMap& map, const Part& p, int64_t length, A* tile, int64_t ld) {
+  const T* const from = start_of<const T>(map, p);
+  if (map.position == 1 || (map.line != 1 && map.channel != 1)) {
+    for (int64_t l = 0; l < p.lines; ++l) {
+      for (int64_t c = 0; c < p.channels; ++c) {
+        const T* const row = from + l * map.line + c * map.channel;
+        A* const to = tile + (l * p.channels + c) * ld;
+        if (map.position == 1) {
+          convert(row, to, length);
+        } else {
+          for (int64_t n = 0; n < length; ++n) to[n] = static_cast<A>(load(row + n * map.position));
+        }
+      }
+    }
+  } else if (map.channel == 1) {
+    for (int64_t l = 0; l < p.lines; ++l) {
+      gather_units(from + l * map.line, map.position, p.channels, length, tile + l * p.channels * ld, ld);
+    }
+  } else {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      gather_units(from + c * map.channel, map.position, p.lines, length, tile + c * ld, p.channels * ld);
+    }
+  }
+}
+
+template <class T, class A>
+void unpack_as(const A* tile, int64_t ld, const CrissCrossMap& map, const Part& p, int64_t length) {
+  T* const to = start_of<T>(map, p);
+  if (map.position == 1 || (map.line != 1 && map.channel != 1)) {
+    for (int64_t l = 0; l < p.lines; ++l) {
+      for (int64_t c = 0; c < p.channels; ++c) {
+        T* const row = to + l * map.line + c * map.channel;
+        const A* const from = tile + (l * p.channels + c) * ld;
+        if (map.position == 1) {
+          convert(from, row, length);
+        } else {
+          for (int64_t n = 0; n < length; ++n) store(row + n * map.position, from[n]);
+        }
+      }
+    }
+  } else if (map.channel == 1) {
+    for (int64_t l = 0; l < p.lines; ++l) {
+      scatter_units(tile + l * p.channels * ld, ld, p.channels, length, to + l * map.line, map.position);
+    }
+  } else {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      scatter_units(tile + c * ld, p.channels * ld, p.lines, length, to + c * map.channel, map.position);
+    }
+  }
+}
+
+// Cache lines of parts of maps that come next, asked for a few at a time while products run: processors do
+// not foresee them, and waiting for them would take as long as the products.
+class Ahead {
+ public:
+  void add(const CrissCrossMap& map, const Part& p, int64_t length, int64_t element_bytes) {
+    if (!map.data || p.channels <= 0 || p.lines <= 0) return;
+    Stream& s = streams_[count_++];
+    const char* const data = static_cast<const char*>(map.data);
+    s.at = data + (p.image * map.image + p.line * map.line + p.channel * map.channel) * element_bytes;
+    if (map.position == 1) {  // lines that follow one another make one run
+      const bool joined = map.line == length;
+      const int64_t runs = joined ? 1 : p.lines;
+      s.inner = ((joined ? p.lines : 1) * length * element_bytes + 63) / 64, s.inner_step = 64;
+      s.middle = runs, s.middle_step = map.line * element_bytes;
+      s.outer = p.channels, s.outer_step = map.channel * element_bytes;
+    } else {  // one line of the cache per position and channel, or per position and line
+      const bool by_line = map.channel == 1;
+      s.inner = length, s.inner_step = map.position * element_bytes;
+      s.middle = by_line ? p.lines : 1, s.middle_step = map.line * element_bytes;
+      s.outer = by_line ? (p.channels * element_bytes + 63) / 64 : p.channels;
+      s.outer_step = by_line ? 64 : map.channel * element_bytes;
+    }
+  }
+
+  // The addresses of at most `most` of them; returns how many.
+  int64_t take(const char** to, int64_t most) {
+    int64_t taken = 0;
+    while (taken < most && now_ < count_) {
+      const Stream& s = streams_[now_];
+      const char* at = s.at + o_ * s.outer_step + m_ * s.middle_step;
+      const int64_t end = s.inner - i_ < most - taken ? s.inner : i_ + most - taken;
+      for (; i_ < end; ++i_) to[taken++] = at + i_ * s.inner_step;
+      if (i_ < s.inner) break;
+      i_ = 0;
+      if (++m_ < s.middle) continue;
+      m_ = 0;
+      if (++o_ < s.outer) continue;
+      o_ = 0, ++now_;
+    }
+    return taken;
+  }
+
+ private:
+  struct Stream {
+    const char* at;
+    int64_t inner, inner_step, middle, middle_step, outer, outer_step;
+  };
+  Stream streams_[4];
+  int64_t count_ = 0, now_ = 0, i_ = 0, m_ = 0, o_ = 0;
+};
+
+// f(T{}) with the storage type of the maps; float64 goes with A = double only.
+template <class A, class F>
+inline void typed(CrissCrossType dtype, const F& f) {
+  if constexpr (__is_same(A, double)) {
+    f(double{});
+  } else {
+    if (dtype == CrissCrossType::f32) f(float{});
+    if (dtype == CrissCrossType::f16) f(Half{});
+    if (dtype == CrissCrossType::bf16) f(BFloat16{});
+  }
+}
+
+// c[r, :] = (add ? c[r, :] : 0) + sum over k of a(r, k) b[k, :], for R rows and V vectors of columns;
+// a(r, k) is a[r, k], or a[k, r] where kTransposed.
+template <class A, bool kTransposed, int R, int V>
+inline void product_tile(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t inner, bool add, A* c,
+                         int64_t ld_c, const char* const* ahead, int64_t ahead_step) {
+  Vec<A> acc[R][V] = {};
+  for (int64_t k = 0; k < inner; ++k) {
+    __builtin_prefetch(ahead[k * ahead_step]);
+    Vec<A> bk[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) bk[v] = load_vec(b + k * ld_b + v * kLanes<A>);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const A x = kTransposed ? a[k * ld_a + r] : a[r * ld_a + k];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) acc[r][v] += x * bk[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      A* const to = c + r * ld_c + v * kLanes<A>;
+      store_vec(to, add ? load_vec(to) + acc[r][v] : acc[r][v]);
+    }
+  }
+}
+
+template <class A, bool kTransposed, int V, int R = kRows>
+inline void product_rows(int64_t rows, const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t inner,
+                         bool add, A* c, int64_t ld_c, const char* const* ahead, int64_t ahead_step) {
+  if (rows >= R) {
+    product_tile<A, kTransposed, R, V>(a, ld_a, b, ld_b, inner, add, c, ld_c, ahead, ahead_step);
+  } else if constexpr (R > 1) {
+    product_rows<A, kTransposed, V, R - 1>(rows, a, ld_a, b, ld_b, inner, add, c, ld_c, ahead, ahead_step);
+  }
+}
+
+// c [rows, columns] = (add ? c : 0) + a b with inner terms; columns in whole vectors.
+template <class A, bool kTransposed>
+void multiply(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t rows, int64_t columns,
+              int64_t inner, bool add, A* c, int64_t ld_c, Ahead& ahead) {
+  constexpr int64_t kQueue = 512;
+  const char* queue[kQueue];
+  int64_t queued = 0, used = 0;
+  const char* const nothing = reinterpret_cast<const char*>(queue);
+  const int64_t a_step = kTransposed ? 1 : ld_a;
+  for (int64_t j = 0; j < columns;) {
+    const bool wide = j + kVectors * kLanes<A> <= columns;
+    for (int64_t r = 0; r < rows; r += kRows) {
+      if (used + inner > queued && inner <= kQueue) queued = ahead.take(queue, kQueue), used = 0;
+      const bool some = used + inner <= queued;
+      const char* const* const next = some ? queue + used : &nothing;
+      (wide ? product_rows<A, kTransposed, kVectors>
+            : product_rows<A, kTransposed, 1>)(rows - r, a + r * a_step, ld_a, b + j, ld_b, inner, add,
+                                               c + r * ld_c + j, ld_c, next, some);
+      if (some) used += inner;
+    }
+    j += (wide ? kVectors : 1) * kLanes<A>;
+  }
+}
+
+// The square matrix [n, n] transposed in place.
+template <class A>
+void transpose_square(A* m, int64_t n, int64_t ld) {
+  const int64_t whole = n / 4 * 4;
+  for (int64_t i = 0; i < whole; i += 4) {
+    for (int64_t j = i; j < whole; j += 4) {
+      A upper[16], lower[16];
+      transpose4(m + i * ld + j, ld, upper, 4);
+      transpose4(m + j * ld + i, ld, lower, 4);
+      for (int r = 0; r < 4; ++r) {
+        __builtin_memcpy(m + (j + r) * ld + i, upper + 4 * r, 4 * sizeof(A));
+        __builtin_memcpy(m + (i + r) * ld + j, lower + 4 * r, 4 * sizeof(A));
+      }
+    }
+  }
+  for (int64_t i = whole; i < n; ++i) {
+    for (int64_t j = 0; j < i; ++j) {
+      const A kept = m[i * ld + j];
+      m[i * ld + j] = m[j * ld + i];
+      m[j * ld + i] = kept;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kd::KD_ISA
