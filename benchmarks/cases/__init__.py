@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import attention, criss_cross, direction, gram, logits, pcka
+from . import affinity, attention, criss_cross, direction, gram, logits, pcka, structured
 
 FAMILIES = {
     "affinity": affinity,

@@ -44,7 +44,8 @@ def non_local_response(
     """
     _check_map(x, key_stride)
     if kind == "gaussian":
-        return softmax_affinity(x, max_pool2d(x, key_stride), max_pool2d(g(x), key_stride))
+        value = max_pool2d(g(x), key_stride).to(x.dtype)  # autocast makes g(x) narrower than x
+        return softmax_affinity(x, max_pool2d(x, key_stride), value)
     # One convolution for keys and values: x is read once, and its gradient summed once.
     weight, bias = torch.cat([phi.weight, g.weight]), torch.cat([phi.bias, g.bias])
     sizes = (phi.out_channels, g.out_channels)
