@@ -76,6 +76,7 @@ __all__ = [
     "StructuredKDLoss",
     "attention_masks",
     "compute_class_means",
+    "concatenation_affinity",
     "criss_cross_attention",
     "direction_norm_loss",
     "dot_product_affinity",

@@ -68,6 +68,19 @@ def _attention(shape, dtype, channels_last=False, signed=False, through=False, f
     return call
 
 
+def _affinity(e, dtype, transposed=True):
+    def call():
+        from kdfast.kernels.affinity import affinity, affinity_backward
+
+        a = torch.empty(2, 4200, dtype=dtype, device="meta")
+        g = torch.empty(2, e, 4200, dtype=dtype, device="meta").mT
+        g = g if transposed else g.contiguous()
+        out, *orders = affinity(a, a, g)
+        affinity_backward(out, a, a, g, *orders, True, True, True)
+
+    return call
+
+
 def _criss_cross(shape, d, dtype, channels_last=False):
     def call():
         from kdfast.kernels.criss_cross import criss_cross, criss_cross_backward
