@@ -166,7 +166,12 @@ def measure(teacher: Segmenter, student: Segmenter) -> dict[str, tuple[float, fl
 
 
 def draw(
-    curves: dict[str, list[float]], shares: dict[str, tuple[float, float]], steps: int, path: Path
+    curves: dict[str, list[float]],
+    shares: dict[str, tuple[float, float]],
+    steps: int,
+    path: Path,
+    metric: str = "digit pixels named right, %",
+    loss: str = "PCKA",
 ) -> None:
     import matplotlib
 
@@ -177,12 +182,12 @@ def draw(
     for name, curve in curves.items():
         ticks = [steps * (i + 1) / len(curve) for i in range(len(curve))]
         left.plot(ticks, [100 * v for v in curve], label=name, marker="o", markersize=3)
-    left.set(xlabel="step", ylabel="digit pixels named right, %", title="scenes of unseen digits")
+    left.set(xlabel="step", ylabel=metric, title="scenes of unseen digits")
     left.legend(frameon=False, fontsize=8)
     right.barh(list(shares), [100 * share for _, share in shares.values()], color="tab:gray")
     for i, (ms, share) in enumerate(shares.values()):
         right.text(100 * share, i, f" {ms:.1f} ms", va="center", fontsize=8)
-    right.set(xlabel="share of a training step, %", xlim=(0, 115), title="PCKA, forward + backward")
+    right.set(xlabel="share of a training step, %", xlim=(0, 115), title=f"{loss}, forward + backward")
     right.invert_yaxis()
     figure.savefig(path, dpi=150)
 

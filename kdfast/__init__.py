@@ -39,8 +39,10 @@ from .losses.gram import (
     linear_cka,
 )
 from .losses.logits import DISTLoss, DKDLoss, KDLoss, NKDLoss
+from .losses.non_local import NonLocalBlock, NonLocalLoss
 from .losses.pcka import MimicLoss, PatchLoss, PCKALoss
 from .losses.review import ReviewKDLoss
+from .losses.structured import StructuredKDLoss
 
 __all__ = [
     "AttentionGuidedLoss",
@@ -62,6 +64,8 @@ __all__ = [
     "LogitCKALoss",
     "MimicLoss",
     "NKDLoss",
+    "NonLocalBlock",
+    "NonLocalLoss",
     "NormLoss",
     "PCKALoss",
     "PairwiseAffinityLoss",
@@ -69,6 +73,7 @@ __all__ = [
     "RCKALoss",
     "ReviewKDLoss",
     "SimilarityPreservingLoss",
+    "StructuredKDLoss",
     "attention_masks",
     "compute_class_means",
     "concatenation_affinity",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import affinity, attention, criss_cross, direction, feature_augment, gram, logits, pcka
+from . import affinity, attention, criss_cross, direction, feature_augment, gram, logits, pcka, structured
 
 FAMILIES = {
     "affinity": affinity,
@@ -14,6 +14,7 @@ FAMILIES = {
     "direction": direction,
     "feature_augment": feature_augment,
     "logits": logits,
+    "structured": structured,
 }
 
 # (family, case) -> what it is called in README's table and figure; contiguous float32.

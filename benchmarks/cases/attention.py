@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdfast import AttentionGuidedLoss
 from kdfast.losses.attention import PRESETS
@@ -23,8 +23,8 @@ LARGEST_ATTENTION = (
 SIZES = {4: (200, 336), 8: (100, 168), 16: (50, 84), 32: (25, 42), 64: (13, 21)}
 
 
-def published(student: Tensor, teacher: Tensor, preset: str) -> Tensor:
-    """One level without adaptation layers."""
+def published(student: Tensor, teacher: Tensor, preset: str, layer: nn.Module | None = None) -> Tensor:
+    """One level; ``layer``: the adaptation layers of AttentionGuidedLoss, or none."""
     settings = PRESETS[preset]
     b, c, h, w = student.shape
     spatial, channel = [], []
@@ -33,11 +33,15 @@ def published(student: Tensor, teacher: Tensor, preset: str) -> Tensor:
         spatial.append((torch.softmax(g / settings["temperature"], dim=1) * h * w).view(b, 1, h, w))
         g = x.abs().mean((2, 3)).view(b, -1)
         channel.append((torch.softmax(g / settings["temperature"], dim=1) * c).view(b, c, 1, 1))
-    error = (student - teacher) ** 2 * (sum(spatial) / 2).detach()
+    adapted = student if layer is None else layer.feature(student)
+    error = (adapted - teacher) ** 2 * (sum(spatial) / 2).detach()
     if settings.get("channel_mask", True):
         error = error * (sum(channel) / 2).detach()
-    transfer = torch.dist(student.mean(1), teacher.mean(1)) + torch.dist(
-        student.mean((2, 3)), teacher.mean((2, 3))
+    pooled = [student.mean(1, keepdim=True), student.mean((2, 3))]
+    if layer is not None:
+        pooled = [layer.spatial(pooled[0]), layer.channel(pooled[1])]
+    transfer = torch.dist(pooled[0], teacher.mean(1, keepdim=True)) + torch.dist(
+        pooled[1], teacher.mean((2, 3))
     )
     return settings["transfer_weight"] * transfer + settings["masked_weight"] * error.sum() ** 0.5
 

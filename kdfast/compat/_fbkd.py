@@ -1,17 +1,23 @@
-"""Attention part of mmrazor's FBKD (feature-based knowledge distillation): its loss, and what its connectors compute of
-attention. The names, arguments, order and values are the published ones.
+"""mmrazor's FBKD (feature-based knowledge distillation): its loss and its connectors. The names, arguments, order, state
+keys and values are the published ones.
 
 Kept as published: both masks are means of softmaxes and constants; the channel masks are computed and not used;
 what is compared are means of A, not of |A|; norms are not squared and run over the batch. Not kept: where the masked
-distance is 0 the published gradient is NaN, here it is 0.
+distance is 0 the published gradient is NaN, here it is 0. ``sub_sample`` pools keys and values by 2 and then by
+``maxpool_stride``, as published; the Gaussian mode, which fails there because its keys miss the first pooling, pools
+both alike here.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..losses.attention import attention_parts, masked_feature_distance
+from ..losses.non_local import relation_distance
+from .mmcv import NonLocal2d
 
 
 class FBKDLoss(nn.Module):
@@ -47,7 +53,7 @@ class FBKDLoss(nn.Module):
         loss = self.mask_l2_weight * masked
         loss = loss + self.channel_weight * torch.dist(t_map.mean((2, 3)), s_channel)
         loss = loss + self.spatial_weight * torch.dist(t_spatial, s_spatial)
-        loss = loss + self.nonloacl_weight * torch.dist(t_relation, s_relation)
+        loss = loss + self.nonloacl_weight * relation_distance(s_relation, t_relation)
         return self.loss_weight * loss
 
 
@@ -86,3 +92,116 @@ class StudentAttention(TeacherAttention):
             self.spatial_wise_adaptation(spatial),
             self.adaptation_layers(x),
         )
+
+
+class NonLocal2dMaxpoolNstride(NonLocal2d):
+    """mmcv's block; ``sub_sample`` pools keys and values by 2 and then by ``maxpool_stride`` (quirk kept)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        reduction: int = 2,
+        conv_cfg: dict | None = {"type": "Conv2d"},  # noqa: B006 (published defaults; never changed)
+        norm_cfg: dict | None = {"type": "BN"},  # noqa: B006
+        mode: str = "embedded_gaussian",
+        sub_sample: bool = False,
+        maxpool_stride: int = 2,
+        zeros_init: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            sub_sample,
+            conv_cfg,
+            reduction,
+            norm_cfg=norm_cfg,
+            mode=mode,
+            zeros_init=zeros_init,
+            **kwargs,
+        )
+        if sub_sample:
+            self._pool(maxpool_stride)
+
+
+class FBKDStudentConnector(StudentAttention):
+    """The student's share of FBKD.
+
+    Args:
+        in_channels: C of student and teacher.
+        reduction, conv_cfg, norm_cfg, mode, sub_sample, maxpool_stride, zeros_init: of the non-local block; see
+            :class:`kdfast.compat.mmcv.NonLocal2d`. ``maxpool_stride`` counts with ``sub_sample`` only, and then pools
+            by twice its value (quirk kept).
+        spatial_T, channel_T: temperatures of the masks.
+        init_cfg: kept for mmengine, not applied here.
+        kwargs: further arguments of the non-local block (``use_scale``, ``std``).
+
+    Shape: x [B, C, H, W]. Returns spatial mask [B, 1, H, W], channel mask [B, C, 1, 1], adapted channel attention
+    [B, C], adapted spatial attention [B, 1, H, W], adapted relation [B, C, H, W], adapted map [B, C, H, W].
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        reduction: int = 2,
+        conv_cfg: dict | None = {"type": "Conv2d"},  # noqa: B006
+        norm_cfg: dict | None = {"type": "BN"},  # noqa: B006
+        mode: str = "dot_product",
+        sub_sample: bool = False,
+        maxpool_stride: int = 2,
+        zeros_init: bool = True,
+        spatial_T: float = 0.5,
+        channel_T: float = 0.5,
+        init_cfg: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_channels, spatial_T, channel_T)
+        self.init_cfg = init_cfg
+        self.student_non_local = NonLocal2dMaxpoolNstride(
+            in_channels, reduction, conv_cfg, norm_cfg, mode, sub_sample, maxpool_stride, zeros_init, **kwargs
+        )
+        self.non_local_adaptation = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.forward_train(x)
+
+    def forward_train(self, x: Tensor) -> tuple[Tensor, ...]:
+        *attention, adapted = self.adapted(x)
+        return *attention, self.non_local_adaptation(self.student_non_local(x)), adapted
+
+
+class FBKDTeacherConnector(TeacherAttention):
+    """The teacher's share of FBKD; its non-local block is trained.
+
+    Args: as :class:`FBKDStudentConnector`.
+
+    Shape: x [B, C, H, W]. Returns spatial mask [B, 1, H, W], channel mask [B, C, 1, 1], spatial attention
+    [B, 1, H, W], relation [B, C, H, W] and x.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        reduction: int = 2,
+        conv_cfg: dict | None = {"type": "Conv2d"},  # noqa: B006
+        norm_cfg: dict | None = {"type": "BN"},  # noqa: B006
+        mode: str = "dot_product",
+        sub_sample: bool = False,
+        maxpool_stride: int = 2,
+        zeros_init: bool = True,
+        spatial_T: float = 0.5,
+        channel_T: float = 0.5,
+        init_cfg: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_channels, spatial_T, channel_T)
+        self.init_cfg = init_cfg
+        self.teacher_non_local = NonLocal2dMaxpoolNstride(
+            in_channels, reduction, conv_cfg, norm_cfg, mode, sub_sample, maxpool_stride, zeros_init, **kwargs
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.forward_train(x)
+
+    def forward_train(self, x: Tensor) -> tuple[Tensor, ...]:
+        spatial_mask, channel_mask, spatial, _ = self.attention(x)
+        return spatial_mask, channel_mask, spatial, self.teacher_non_local(x), x

@@ -18,7 +18,7 @@ from ..losses._patches import grid_of, view
 from ..losses.gram import LogitCKALoss
 from ..losses.pcka import PCKALoss
 from ._dist import DISTLoss
-from ._fbkd import FBKDLoss
+from ._fbkd import FBKDLoss, FBKDStudentConnector, FBKDTeacherConnector
 
 __all__ = [
     "CKA_Yolo",
@@ -28,6 +28,8 @@ __all__ = [
     "CenterKernelAlignmentSeg",
     "DISTLoss",
     "FBKDLoss",
+    "FBKDStudentConnector",
+    "FBKDTeacherConnector",
 ]
 
 

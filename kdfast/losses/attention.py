@@ -141,7 +141,7 @@ class AttentionGuidedLoss(Loss):
             pooling,
             detach_mask,
         )
-        widths = _widths(channels) if channels is not None and adapt else []
+        widths = channel_pairs(channels) if channels is not None and adapt else []
         self.adaptation = nn.ModuleList(_Adaptation(s, t) for s, t in widths)
 
     @classmethod
@@ -159,6 +159,10 @@ class AttentionGuidedLoss(Loss):
         return cls(channels, **(PRESETS[name] | changes))
 
     def forward(self, student: Levels, teacher: Levels) -> Tensor:
+        return self.weight * self.terms(student, teacher)[0].float()
+
+    def terms(self, student: Levels, teacher: Levels) -> tuple[Tensor, Tensor, Tensor]:
+        """transfer_weight * L_AT + masked_weight * L_AM, and both terms of this sum by themselves, detached."""
         pairs = levels(student, teacher)
         if len(self.adaptation) not in (0, len(pairs)):
             raise ValueError(
@@ -166,10 +170,13 @@ class AttentionGuidedLoss(Loss):
                 f"channels as a list with one entry per level"
             )
         layers = self.adaptation or [None] * len(pairs)
-        terms = [self._level(s, t, layer) for (s, t), layer in zip(pairs, layers, strict=True)]
-        return self.weight * total(terms).float()
+        found = [self._level(s, t, layer) for (s, t), layer in zip(pairs, layers, strict=True)]
+        loss, transfer, masked = (total(list(v)) for v in zip(*found, strict=True))
+        return loss, transfer, masked
 
-    def _level(self, student: Tensor, teacher: Tensor, layer: _Adaptation | None) -> Tensor:
+    def _level(
+        self, student: Tensor, teacher: Tensor, layer: _Adaptation | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         _check_maps(student, teacher, one_width=layer is None)
         settings = {
             "temperature": self.temperature,
@@ -181,22 +188,23 @@ class AttentionGuidedLoss(Loss):
         signed = self.pooling == "signed"
         if layer is None:
             weight = self.transfer_weight
-            return attention_mask(
+            loss, distances, *_ = attention_mask(
                 student, teacher, transfer_weight=weight, signed=signed, pooled=False, **settings
-            )[0]
+            )
+            return loss, weight * (distances[0] + distances[1]), self.masked_weight * distances[2]
         layer.check(student, teacher)
         adapted = layer.feature(student)
         if student.shape == teacher.shape:
-            loss, _, spatial, channel = attention_mask(
+            masked, _, spatial, channel = attention_mask(
                 student, teacher, adapted, transfer_weight=0.0, signed=signed, **settings
             )
         else:
-            loss, *_ = attention_mask(adapted, teacher, transfer_weight=0.0, pooled=False, **settings)
+            masked, *_ = attention_mask(adapted, teacher, transfer_weight=0.0, pooled=False, **settings)
             pooled = [attention_pool(v, signed=signed) for v in (student, teacher)]
             spatial, channel = ([p[i][-1] for p in pooled] for i in (0, 1))
         transfer = torch.dist(layer.spatial(spatial[0]), spatial[1])
-        transfer = transfer + torch.dist(layer.channel(channel[0]), channel[1])
-        return loss + self.transfer_weight * transfer
+        transfer = self.transfer_weight * (transfer + torch.dist(layer.channel(channel[0]), channel[1]))
+        return masked + transfer, transfer.detach(), masked.detach()
 
 
 class _Adaptation(nn.Module):
@@ -217,7 +225,7 @@ class _Adaptation(nn.Module):
             )
 
 
-def _widths(channels: Channels | Sequence[Channels]) -> list[tuple[int, int]]:
+def channel_pairs(channels: Channels | Sequence[Channels]) -> list[tuple[int, int]]:
     """(student, teacher) channels of every level."""
     pair = isinstance(channels, tuple) and len(channels) == 2 and all(isinstance(c, int) for c in channels)
     entries = list(channels) if isinstance(channels, (list, tuple)) and not pair else [channels]
