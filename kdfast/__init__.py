@@ -13,6 +13,7 @@ if _extension.load_error is not None:
         stacklevel=2,
     )
 
+from . import sokd
 from .backend import info, use_backend
 from .class_means import ClassMeans, compute_class_means
 from .losses.attention import AttentionGuidedLoss, attention_masks
@@ -74,5 +75,6 @@ __all__ = [
     "imitation_mask",
     "info",
     "linear_cka",
+    "sokd",
     "use_backend",
 ]
