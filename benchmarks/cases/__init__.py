@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import attention, direction, gram, logits, pcka
+from . import attention, direction, gram, logits, pcka, sokd
 
 FAMILIES = {
     "gram": gram,
@@ -11,6 +11,7 @@ FAMILIES = {
     "attention": attention,
     "direction": direction,
     "logits": logits,
+    "sokd": sokd,
 }
 
 
