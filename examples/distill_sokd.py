@@ -66,11 +66,9 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     batch = min(64, len(split.labels))
     steps = len(split.labels) // batch
-    policy = {id(p) for p in search.augmentation.parameters()} if search else set()
-    trained = [
-        *net.parameters(),
-        *(p for p in (distill.parameters() if distill else ()) if id(p) not in policy),
-    ]
+    trained = list(net.parameters())
+    if distill is not None:
+        trained += distill.student_parameters() if search is not None else distill.parameters()
     optimizer = torch.optim.SGD(
         trained, LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY
     )

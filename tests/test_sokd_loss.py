@@ -148,7 +148,7 @@ def test_the_loop(second_order):
     torch.manual_seed(0)
     student = torch.nn.Conv2d(3, 4, 3, padding=1)
     loss = make("fitnet")
-    weights = [*student.parameters(), *(p for n, p in loss.named_parameters() if "augmentation" not in n)]
+    weights = [*student.parameters(), *loss.student_parameters()]
     optimizer = torch.optim.SGD(weights, 0.05, momentum=0.9)
     settings = SearchSettings(epochs=2, lr=0.05, second_order=second_order)
     search = PolicySearch(loss.augmentation, settings, parameters=weights, optimizer=optimizer)

@@ -73,14 +73,15 @@ def decode_areas(
     size, offset = (
         wide(v).flatten(2).gather(2, place[:, None].expand(-1, 2, -1)) for v in (size, offset)
     )  # [B, 2, K]
-    limit = torch.tensor([w, h], dtype=size.dtype).to(size.device, non_blocking=True)[:, None]
-    if max_fraction is not None:
-        size = torch.minimum(size, max_fraction * limit)
-    centre = torch.stack([place % w, place // w], 1) + offset
-    ends = torch.cat([centre - size / 2, centre + size / 2], 1).clamp_min(0)  # [B, 4, K]
-    boxes = torch.minimum(ends, torch.cat([limit, limit]) - 1).long().transpose(1, 2)
-    empty = torch.tensor([0, 0, -1, -1]).to(boxes.device, non_blocking=True)
-    return torch.where((score > -math.inf)[:, :, None], boxes, empty)
+    found, ends = score > -math.inf, []
+    for i, (position, side) in enumerate(((place % w, w), (place // w, h))):
+        half = (size[:, i] if max_fraction is None else size[:, i].clamp_max(max_fraction * side)) / 2
+        centre = position + offset[:, i]
+        ends.append([(centre + sign * half).clamp(0, side - 1).long() for sign in (-1, 1)])
+    (x1, x2), (y1, y2) = ends
+    boxes = torch.stack([x1, y1, x2, y2], 2) * found[:, :, None]
+    boxes[:, :, 2:] -= ~found[:, :, None]
+    return boxes
 
 
 @torch.no_grad()
@@ -126,7 +127,8 @@ def masked_area_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
             f"mask: need [B, 1, H, W] = {[student.shape[0], 1, *student.shape[2:]]}, got {describe(mask)}"
         )
     ones = torch.ones(student.shape[:2], dtype=torch.float32, device=student.device)
-    # d (d²) = 2 d · M (s - t) / d, and the guarded 1 / d of the root is 0 where d is: exact but for one rounding each way.
+    # d (d²) = 2 d M (s - t) / d, with 1 / d guarded to 0 at d = 0: the value and the first derivative are exact but for a
+    # rounding or two. Only the second derivative is lost where the error is exactly 0: it is 0 there, not 2 M / numel.
     return masked_distance(student, teacher, mask, ones).square() / max(student.numel(), 1)
 
 

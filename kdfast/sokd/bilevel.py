@@ -70,7 +70,7 @@ class PolicySearch:
     difference. It calls both losses with changed weights, so they have to run the student's forward themselves; batch
     norm statistics of the student then see these passes too.
 
-    Leave the policy's parameters out of the student's optimizer.
+    The student's optimizer trains :meth:`SoKDLoss.student_parameters`, not the policy.
 
     Args:
         augmentation: whose parameters are moved.

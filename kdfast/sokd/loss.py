@@ -132,6 +132,11 @@ class SoKDLoss(Loss):
         """Of every level of the last call, detached: see :attr:`DistinctiveAreas.components`."""
         return [area.components for area in self.areas]
 
+    def student_parameters(self) -> list[nn.Parameter]:
+        """What trains with the student: adapters, heads of the areas and the base's modules, without the policy."""
+        policy = {id(p) for p in self.augmentation.parameters()}
+        return [p for p in self.parameters() if id(p) not in policy]
+
     def forward(
         self, student: Levels, teacher: Levels, *inputs: Tensor, through_policy: bool = False
     ) -> Tensor:
