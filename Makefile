@@ -1,9 +1,11 @@
-# make test | demo | bench | gpu-check work from a fresh clone: each first makes what it needs.
+# make test | demo | bench | gpu-check | gpu-sanitize work from a fresh clone: each first makes what it needs.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 OUT ?= gpu-report
+MINUTES ?= 5
+BENCH ?= --quick
 TORCH ?= torch==2.13.0
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc -type f)
@@ -13,7 +15,7 @@ KDFAST_EXTENSION ?= $(if $(shell command -v $(firstword $(CXX))),1)
 # Two test processes share the machine with torch's own threads: idle threads must not spin.
 TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 
-.PHONY: env build lint test demo bench gpu-check clean
+.PHONY: env build lint test demo bench gpu-check gpu-sanitize gpu-build clean
 
 env: $(VENV)/.installed
 build: $(VENV)/.built
@@ -46,16 +48,25 @@ demo: build
 bench: build
 	$(PY) -m benchmarks
 
-# For a machine with a GPU, its own torch, and perhaps no network: installs nothing.
-gpu-check:
-	mkdir -p "$(OUT)"
-	set -o pipefail; KDFAST_EXTENSION=1 KDFAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace 2>&1 | tee "$(OUT)/build.log"
-	cat build/ext/*/cuda/*.log > "$(OUT)/ptxas.log"
-	$(PYTHON) -m kdfast.info | tee "$(OUT)/info.txt"
+# For a machine with a GPU, its own torch, and perhaps no network or limited time: installs nothing, and writes a handful of
+# files into OUT. Benchmarks stop after MINUTES; the next call goes on with the cases that benchmarks/results lacks.
+gpu-check: gpu-build
 	status=0; \
 	$(PYTHON) -m pytest -m gpu tests > "$(OUT)/tests.log" 2>&1 || status=$$?; tail -n 40 "$(OUT)/tests.log"; \
-	$(PYTHON) -m benchmarks --device cuda --out "$(OUT)" > "$(OUT)/benchmarks.log" 2>&1 || status=$$?; \
-	tail -n 40 "$(OUT)/benchmarks.log"; exit $$status
+	$(PYTHON) -m benchmarks --device cuda --resume --minutes $(MINUTES) $(BENCH) > "$(OUT)/benchmarks.log" 2>&1 || status=$$?; \
+	tail -n 40 "$(OUT)/benchmarks.log"; tar -czf "$(OUT)/results.tar.gz" benchmarks/results; exit $$status
+
+# Every kernel once under compute-sanitizer, which makes them tens of times slower.
+gpu-sanitize: gpu-build
+	status=0; for tool in memcheck racecheck; do \
+	timeout 240 compute-sanitizer --tool $$tool --error-exitcode 9 $(PYTHON) tests/scenarios.py --device cuda \
+		> "$(OUT)/$$tool.log" 2>&1 || status=$$?; tail -n 5 "$(OUT)/$$tool.log"; done; exit $$status
+
+gpu-build:
+	mkdir -p "$(OUT)"
+	set -o pipefail; KDFAST_EXTENSION=1 KDFAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace 2>&1 | tee "$(OUT)/build.log"
+	cat build/ext/*/cuda/*.log >> "$(OUT)/build.log"
+	$(PYTHON) -m kdfast.info | tee "$(OUT)/info.txt"
 
 clean:
 	rm -rf build dist report gpu-report *.egg-info kdfast/_build.json kdfast/_C*.so .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from . import plots, report
 from .case import KDFAST
-from .cases import select
+from .cases import HEADLINES, select
 from .ceilings import Ceilings
 from .measure import measure
 
@@ -31,9 +32,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--provider", nargs="+", default=(), metavar="NAME", help="only these providers (all)"
     )
     parser.add_argument("--quick", action="store_true", help="about 1 s of timing per case, 3 rounds")
+    parser.add_argument("--resume", action="store_true", help="leave out cases that DIR has of this commit")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after these")
     parser.add_argument("--rounds", type=int, help="how often the providers take turns (7)")
     parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="%(default)s")
-    parser.add_argument("--readme", action="store_true", help="rewrite this device's tables in README.md")
+    parser.add_argument("--readme", action="store_true", help="rewrite this device's table in README.md")
     parser.add_argument("--commit", help="what was measured, where the folder is no git checkout")
     parser.add_argument("--list", action="store_true", help="print the cases and measure nothing")
     options = parser.parse_args(arguments)
@@ -66,11 +69,16 @@ def main(arguments: list[str] | None = None) -> int:
     facts = report.machine(device, ceilings, options.commit)
     seconds, rounds = (1.0, 3) if options.quick else (5.0, 7)
     folder = options.out / report.slug(facts["device"])
-    suite = [(c.family, c.name, c.dtype_name, c.layout) for c in select()]
-    rows, written = [], []
-    with tqdm(options.cases, unit="case", disable=None) as progress:
-        for case in progress:
-            progress.set_postfix_str(case.name)
+    suite = [case.key for case in select()]
+    known = report.measured(folder, facts["commit"]) if options.resume else set()
+    end = time.monotonic() + 60 * options.minutes
+    rows, left = [], 0
+    with tqdm([case for case in options.cases if case.key not in known], unit="case", disable=None) as cases:
+        for case in cases:
+            if time.monotonic() > end:
+                left += 1
+                continue
+            cases.set_postfix_str(case.name)
             found = measure(
                 case,
                 device,
@@ -80,29 +88,28 @@ def main(arguments: list[str] | None = None) -> int:
                 only=options.provider,
             )
             rows += [facts | row for row in found]
-            # After every case: a run that is stopped keeps what it has.
-            written = report.write(rows, folder, suite)
-    texts = {}
+            report.write(rows, folder, suite)  # after every case: a run that is stopped keeps what it has
+    files = [folder / f"{family}.csv" for family in dict.fromkeys(case.family for case in options.cases)]
+    written = [path for path in files if path.exists()]
     for path in list(written):
         stored = report.read(path)
-        texts[path.stem] = report.summary(stored)
+        print(f"\n{report.summary(stored)}")
         written += plots.draw(stored, folder, path.stem)
-    for text in texts.values():
-        print(f"\n{text}")
+    everything = [row for path in sorted(folder.glob("*.csv")) for row in report.read(path)]
+    headlines = report.headlines(folder, HEADLINES)
+    written += [report.write_tables(folder), *plots.draw_roofline(everything, folder)]
+    written += plots.draw_headlines(headlines, folder)
     failed = [row for row in rows if row["status"] != "ok" or row.get("note")]
     for row in failed:
         print(f"{row['status']}: {report.label(row)}, {row['provider']}: {row['note']}")
+    if left:
+        print(f"\nout of time: {left} cases were not measured; the same command with --resume takes them up")
     print("\nwritten:", *(report.relative(path) for path in written))
     if options.readme:
-        _readme(folder, options.device)
+        rows_shown = [row for providers in headlines.values() for row in providers.values()]
+        text = f"{report.headline_table(headlines)}\n\n{report.setting(rows_shown)}"
+        report.update_readme(ROOT.parent / "README.md", f"benchmarks:{options.device}", text)
     return int(any(row["status"] == "wrong" and row["provider"] in KDFAST for row in failed))
-
-
-def _readme(folder: Path, device: str) -> None:
-    texts = [
-        f"### {path.stem}\n\n{report.summary(report.read(path))}" for path in sorted(folder.glob("*.csv"))
-    ]
-    report.update_readme(ROOT.parent / "README.md", f"benchmarks:{device}", "\n\n".join(texts))
 
 
 if __name__ == "__main__":

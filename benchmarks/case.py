@@ -71,6 +71,10 @@ class Case:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.family, self.name, self.dtype_name, self.layout
+
     def inputs(self, device: torch.device, seed: int = 0) -> list[Tensor]:
         made = list(self.make(device, seed))
         for x, need in zip(made, self.needs_grad, strict=False):

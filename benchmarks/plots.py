@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .report import Row, by_case, provider_names
+from .report import Row, by_case, fastest, provider_names
 
 COLOURS = {
     "naive": "#b8b8b8",
@@ -15,6 +15,7 @@ COLOURS = {
     "triton": "#2f6690",
     "cuda": "#16425b",
 }
+HEADLINE = {"naive": "published code", "eager": "eager PyTorch", "compile": "torch.compile"}
 MARKERS = {"naive": "x", "eager": "s", "compile": "D", "cpu": "o", "triton": "o", "cuda": "^"}
 
 
@@ -76,6 +77,77 @@ def _floor(rows: Sequence[Row], path: Path) -> Path:
         f"({float(one['matrix_tflop_per_s']):.3g} TFLOP/s in float32), over the time measured"
     )
     return _save(figure, axes, path)
+
+
+def draw_headlines(headlines: dict[str, dict[str, Row]], folder: Path) -> list[Path]:
+    """headlines.png: how many times as long published code, eager PyTorch and torch.compile take."""
+    import numpy as np
+
+    cases = {name: (found, fastest(found)) for name, found in headlines.items()}
+    if not cases:
+        return []
+    providers, rows = ("naive", "eager", "compile"), [ours for _, ours in cases.values()]
+    figure, axes = _figure(rows, list(cases), height=0.55)
+    thickness = 0.26
+    for i, provider in enumerate(providers):
+        at, ratios = [], []
+        for place, (found, ours) in enumerate(cases.values()):
+            if provider in found:
+                at.append(place + (i - 1) * thickness)
+                ratios.append(float(found[provider]["median_ms"]) / float(ours["median_ms"]))
+        axes.barh(
+            at,
+            np.array(ratios) - 1,
+            thickness * 0.9,
+            left=1,
+            label=HEADLINE[provider],
+            color=_colour(provider, i),
+        )
+        for y, ratio in zip(at, ratios, strict=True):
+            axes.text(max(ratio, 1) * 1.04, y, f"{ratio:.3g}x", va="center", fontsize=7)
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times as long as kdfast, forward + backward (logarithmic)")
+    axes.margins(x=0.12)
+    return [_save(figure, axes, folder / "headlines.png")]
+
+
+def draw_roofline(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """roofline.png: what every float32 case reaches, by operations per byte that its formula needs."""
+    rows = [
+        r for r in rows if r["median_ms"] and r["dtype"] == "float32" and float(r["tflop_per_s"] or 0) > 0
+    ]
+    if not rows:
+        return []
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    intensities = []
+    for i, name in enumerate(provider_names(rows)):
+        found = [row for row in rows if row["provider"] == name]
+        rates = [1e3 * float(row["tflop_per_s"]) for row in found]  # GFLOP/s
+        at = [rate / float(row["gb_per_s"]) for rate, row in zip(rates, found, strict=True)]
+        intensities += at
+        marker = MARKERS.get(name, "v")
+        axes.plot(at, rates, marker, label=_name(name), color=_colour(name, i), markersize=4, alpha=0.8)
+    bandwidth, peak = (float(rows[-1][k]) for k in ("copy_gb_per_s", "matrix_tflop_per_s"))
+    x = np.geomspace(min(intensities) / 1.5, max(intensities) * 1.5, 200)
+    axes.plot(x, np.minimum(bandwidth * x, 1e3 * peak), color="black", linewidth=1, label="ceilings")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte of the formula, forward + backward")
+    axes.set_ylabel("GFLOP/s reached (operations of the formula over time)")
+    axes.set_title(
+        f"{rows[-1]['device']}: copy {bandwidth:.0f} GB/s, float32 product {peak:.3g} TFLOP/s; data in cache can pass",
+        fontsize=9,
+        loc="left",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return [_save(figure, axes, folder / "roofline.png")]
 
 
 def _figure(rows: Sequence[Row], labels: list[str], height: float):

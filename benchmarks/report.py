@@ -74,7 +74,7 @@ def slug(name: str) -> str:
 
 
 def _commit() -> str:
-    """The commit, with -dirty where code differs from it; results and the README's tables are no code."""
+    """The last commit that touched code, with -dirty where code differs from it; results and texts are no code."""
 
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent.parent
@@ -82,9 +82,10 @@ def _commit() -> str:
             ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
         ).stdout.strip()
 
+    code = (".", ":!benchmarks/results", ":!*.md")
     try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+        commit = git("log", "-1", "--format=%H", "--", *code)[:12]
+        changed = git("status", "--porcelain", "--", *code)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}-dirty" if changed else commit
@@ -116,6 +117,12 @@ def write(rows: Sequence[Row], folder: Path, suite: Iterable[tuple[str, str, str
 def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def measured(folder: Path, commit: str) -> set[tuple[str, str, str, str]]:
+    """(family, case, dtype, layout) of what ``folder`` holds of this commit."""
+    rows = [row for path in folder.glob("*.csv") for row in read(path)]
+    return {_place(row) for row in rows if row["commit"] == commit}
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -176,8 +183,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
     for case, found in cases.items():
         cells = [case, *(_time(found.get(name)) for name in names)]
-        ours = [row for name, row in found.items() if name in KDFAST and row["median_ms"]]
-        best = min(ours, key=lambda row: float(row["median_ms"]), default=None)
+        best = fastest(found)
         if best is None:
             cells += [""] * (len(head) - len(cells))
         else:
@@ -208,15 +214,60 @@ def _times(text: str) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     """The table under a line that says where and how it was measured."""
+    return f"{setting(rows)}\n\n{table(rows)}"
+
+
+def write_tables(folder: Path) -> Path:
+    """tables.md: the table of every family that ``folder`` has results of."""
+    parts = [f"## {path.stem}\n\n{summary(read(path))}" for path in sorted(folder.glob("*.csv"))]
+    path = folder / "tables.md"
+    path.write_text("# All cases measured here\n\n" + "\n\n".join(parts) + "\n")
+    return path
+
+
+def headlines(folder: Path, names: dict[tuple[str, str], str]) -> dict[str, dict[str, Row]]:
+    """What README shows: headline -> provider -> row, in the order of ``names``: (family, case) -> headline."""
+    found: dict[str, dict[str, Row]] = {name: {} for name in names.values()}
+    for path in folder.glob("*.csv"):
+        for row in read(path):
+            name = names.get((row["family"], row["case"]))
+            if name and row["median_ms"] and (row["dtype"], row["layout"]) == ("float32", "contiguous"):
+                found[name][row["provider"]] = row
+    return {name: rows for name, rows in found.items() if fastest(rows) is not None}
+
+
+def headline_table(found: dict[str, dict[str, Row]]) -> str:
+    """Markdown: published code, eager, torch.compile and kdfast in milliseconds, and how many times faster kdfast is."""
+    lines = [
+        "| forward + backward, ms | published code | eager | torch.compile | kdfast | times faster than the best |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, rows in found.items():
+        ours = fastest(rows)
+        if ours is not None:
+            times = [_time(rows.get(p)) or "-" for p in ("naive", "eager", "compile")]
+            lines.append(
+                f"| {name} | {' | '.join(times)} | {_time(ours)} | {_times(ours['speedup']) or '-'} |"
+            )
+    return "\n".join(lines)
+
+
+def fastest(rows: dict[str, Row]) -> Row | None:
+    """The fastest of kdfast's backends."""
+    ours = [row for name, row in rows.items() if name in KDFAST and row["median_ms"]]
+    return min(ours, key=lambda row: float(row["median_ms"]), default=None)
+
+
+def setting(rows: Sequence[Row]) -> str:
+    """Where and how: device, threads, versions, commits, dates, ceilings."""
     one = rows[0]
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    commits, dates = (", ".join(dict.fromkeys(row[k] for row in rows)) for k in ("commit", "date"))
     threads = "" if any(row["provider"] == "triton" for row in rows) else f", {one['threads']} threads"
-    facts = (
-        f"{one['device']}{threads}, torch {one['torch']}, commit {commits}, {one['date']}; "
+    return (
+        f"{one['device']}{threads}, torch {one['torch']}, commit {commits}, {dates}; "
         f"copy {float(one['copy_gb_per_s']):.1f} GB/s, "
         f"float32 product {float(one['matrix_tflop_per_s']):.3g} TFLOP/s."
     )
-    return f"{facts}\n\n{table(rows)}"
 
 
 def update_readme(path: Path, marker: str, text: str) -> None:

@@ -108,7 +108,10 @@ def choose(
     runs_on = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if interpreting() else ("cuda",)}[name]
     if device not in runs_on:
         raise ValueError(f"{op}: backend {name!r} takes tensors on {runs_on[0]}, got tensors on {device}")
-    reason = unsupported(name) if unsupported is not None else None
+    if name in ("triton", "cuda") and name not in order:
+        reason: str | None = f"{op} has no {name} kernel"
+    else:
+        reason = unsupported(name) if unsupported is not None else None
     if reason is not None:
         raise NotImplementedError(f"{op}: backend {name!r} cannot do this call: {reason}")
     return name

@@ -106,3 +106,10 @@ torch.ops.kdfast.gram(*(torch.randn(1, 4, 1, 1, 1, 3) for _ in range(2)), 0, Tru
     assert "blocked for this test" in done.stdout, done.stderr
     assert done.stdout.rstrip().endswith("True")
     assert done.stderr.count("without its C++ kernels") == 1
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_backend_without_a_kernel_for_the_op_is_refused(monkeypatch, name):
+    monkeypatch.setattr(backend, "_requested", name)
+    with pytest.raises(NotImplementedError, match=f"fold has no {name} kernel"):
+        backend.choose("fold", "cuda", ())

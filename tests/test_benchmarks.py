@@ -9,7 +9,7 @@ import kdfast
 from benchmarks import memory, report
 from benchmarks.__main__ import main
 from benchmarks.case import Baseline, Case, pair
-from benchmarks.cases import select
+from benchmarks.cases import HEADLINES, select
 from benchmarks.ceilings import Ceilings
 from benchmarks.measure import measure
 
@@ -107,12 +107,43 @@ def test_files_and_table(rows, tmp_path):
         report.update_readme(readme, "benchmarks:cuda", text)
 
 
+def test_a_run_that_ran_out_of_time_is_resumed(tmp_path, capsys):
+    # --minutes 0 starts no case: what is left is named, and nothing that was measured is measured again.
+    command = ["--device", "cpu", "--op", "direction", "--provider", "cpu", "--quick", "--out", str(tmp_path)]
+    assert main([*command, "--case", "[128, 64]", "--commit", "abc"]) == 0
+    assert main([*command, "--resume", "--minutes", "0", "--commit", "abc"]) == 0
+    cases = select(["direction"])
+    assert f"out of time: {len(cases) - 1} cases" in capsys.readouterr().out
+    assert main([*command, "--resume", "--minutes", "0", "--commit", "def"]) == 0
+    assert f"out of time: {len(cases)} cases" in capsys.readouterr().out
+    (folder,) = tmp_path.iterdir()
+    assert {row["case"] for row in report.read(folder / "direction.csv")} == {cases[0].name}
+    assert (folder / "roofline.png").stat().st_size > 0
+
+
 def test_peak_memory_sees_every_allocation():
     kept = torch.zeros(1 << 20)
     peak = memory.peak(lambda: (torch.ones(1 << 22).sum(), kept.sum()), CPU)
     if peak is None:
         pytest.skip("this system does not report peak memory")
     assert peak == pytest.approx(1 << 24, rel=0.05)
+
+
+def test_headlines_are_cases_and_make_the_table(rows, tmp_path):
+    keys = {case.key for case in select()}
+    assert all((*place, "float32", "contiguous") in keys for place in HEADLINES)
+    facts = {"device": "A CPU", "commit": "abc", "torch": "2", "date": "2025-01-01", "triton": ""}
+    facts |= {"copy_gb_per_s": 10.0, "matrix_tflop_per_s": 0.1}
+    report.write(
+        [facts | row for row in rows.values()], tmp_path, [("gram", "small", "float32", "contiguous")]
+    )
+    found = report.headlines(tmp_path, {("gram", "small"): "CKA, small", ("gram", "gone"): "gone"})
+    ours = "cpu" if rows["cpu"]["status"] == "ok" else None
+    assert list(found) == (["CKA, small"] if ours else [])
+    if ours:
+        line = report.headline_table(found).splitlines()[-1]
+        assert line.startswith("| CKA, small | - | ") and line.count("|") == 7
+    assert "| small |" in report.write_tables(tmp_path).read_text()
 
 
 def test_suite_is_well_formed():
@@ -145,4 +176,4 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert main([*options, str(tmp_path)]) == 0
     assert "logit cka [128, 100]" in capsys.readouterr().out
     assert len(list(tmp_path.glob("*/gram.csv"))) == 1
-    assert len(list(tmp_path.glob("*/*.png"))) == 2
+    assert len(list(tmp_path.glob("*/*.png"))) == 3

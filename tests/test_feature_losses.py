@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -161,6 +162,40 @@ def test_crd_equals_the_published_form():
         for side, v in enumerate((vs, vt)):
             memory[side][index] = F.normalize(0.5 * memory[side][index] + 0.5 * v.detach(), dim=1)
         torch.testing.assert_close(loss.memory, memory)
+
+
+def _crd_step(loss: CRDLoss, s: Tensor, t: Tensor, index: Tensor, negatives: Tensor, rows: slice) -> Tensor:
+    return torch.stack(
+        [loss(v[rows], t[rows], index[rows], negatives[rows]) for v in (s, s.flip(1))]
+    ).detach()
+
+
+def _crd() -> CRDLoss:
+    torch.manual_seed(5)
+    return CRDLoss(6, 9, num_samples=50, feature_dim=8, num_negatives=7)
+
+
+def _crd_process(rank: int, folder: str, *batch: Tensor) -> None:
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    loss = _crd()
+    values = _crd_step(loss, *batch, slice(2 * rank, 2 * rank + 2))
+    torch.save((values, loss.memory, loss.log_z), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_crd_two_processes(tmp_path):
+    """Two halves of a batch on two processes: the mean loss, Z and memories of one process that has all of it."""
+    batch = torch.randn(4, 6), torch.randn(4, 9), torch.tensor([3, 11, 0, 49]), torch.randint(50, (4, 7))
+    mp.spawn(_crd_process, (str(tmp_path), *batch), nprocs=2)
+    loss = _crd()
+    values = _crd_step(loss, *batch, slice(None))
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(torch.stack([f[0] for f in found]).mean(0), values)
+    for _, memory, log_z in found:
+        torch.testing.assert_close(memory, loss.memory)
+        torch.testing.assert_close(log_z, loss.log_z)
 
 
 def test_crd_large_scores_and_evaluation():

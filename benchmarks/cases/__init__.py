@@ -14,6 +14,18 @@ FAMILIES = {
     "sokd": sokd,
 }
 
+# (family, case) -> what it is called in README's table and figure; contiguous float32.
+HEADLINES = {
+    ("pcka", "P3 channel"): "PCKA, FPN level P3, 2x256x100x168",
+    ("pcka", "RetinaNet P3..P5, batch 2"): "PCKA, RetinaNet pyramid, batch 2",
+    ("gram", "rcka 3 stages + logits, resnet8x4"): "RCKA, resnet8x4, batch 128",
+    ("gram", "cka resnet50 [256, 2048, 7, 7]"): "CKA of features, 256x2048x7x7",
+    ("attention", "two_stage [2, 256, 100, 168]"): "attention-guided, 2x256x100x168",
+    ("direction", "dino [1024, 1024], 81 classes"): "dino-loss, box head, 1024x1024",
+    ("logits", "kd [256, 32000]"): "KD, 256 tokens, vocabulary 32,000",
+    ("logits", "dkd [128, 100]"): "DKD, batch 128, 100 classes",
+}
+
 
 def select(ops: list[str] | None = None, substring: str = "") -> list[Case]:
     """The cases of the families or ops named (all by default) whose name holds ``substring``."""

@@ -29,7 +29,8 @@ class CRDLoss(Loss):
     Shape: student [B, D_s], teacher [B, D_t] (maps are flattened), index [B] of the samples in the training set,
     negatives [B, n] indices (the published code draws them from other classes). Differentiable in student, teacher and
     the linear layers; the memory gets no gradient. It is updated at every call in training mode. With a process group,
-    every process applies the updates of all (equal batch sizes on each), and Z is the same everywhere.
+    every process applies the updates of all, and Z is that of the joint batch (equal batch sizes on each); the memories
+    must start equal, as DistributedDataParallel makes them, or by one seed.
     """
 
     memory: Tensor
@@ -95,8 +96,9 @@ class CRDLoss(Loss):
         first = scores.detach().flatten(1)
         log_z = first.logsumexp(1) - math.log(max(first.shape[1], 1)) + math.log(self.num_samples)
         if _distributed() and not self._z_shared:
-            torch.distributed.all_reduce(log_z)
-            log_z = log_z / torch.distributed.get_world_size()
+            parts = [torch.empty_like(log_z) for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather(parts, log_z)
+            log_z = torch.stack(parts).logsumexp(0) - math.log(len(parts))
         self._z_shared = True
         log_z = torch.where(self.log_z.isnan(), log_z.to(self.log_z), self.log_z)
         if self.training:
