@@ -80,7 +80,7 @@ def decode_areas(
         ends.append([(centre + sign * half).clamp(0, side - 1).long() for sign in (-1, 1)])
     (x1, x2), (y1, y2) = ends
     boxes = torch.stack([x1, y1, x2, y2], 2) * found[:, :, None]
-    boxes[:, :, 2:] -= ~found[:, :, None]
+    boxes[:, :, 2:] -= (~found[:, :, None]).long()
     return boxes
 
 
