@@ -105,12 +105,13 @@ def definition(
     seeds = draw.seeds
 
     def operate(v, place):
-        return a._operate(v, s, place, seeds[place], 0)
+        return a._operate(v, s, place, seeds[place])
 
     x1 = operate(x, 0)
     x_first = x1 if first else x
     x2 = operate(x_first, 1)
-    out = x2 if second else x_first
+    with torch.no_grad():
+        out = a.augment(x, draw)
     probe = x_first.clone().requires_grad_()
     (back,) = torch.autograd.grad((operate(probe, 1) if second else probe * 1), probe, g)
     u = draw.logistic
@@ -160,7 +161,7 @@ def test_mixture_is_its_formula():
     for s in range(3):
         v = x
         for j in range(2):
-            v = b[s, j] * augmentation._operate(v, s, j, next(seeds), 0) + (1 - b[s, j]) * v
+            v = b[s, j] * augmentation._operate(v, s, j, next(seeds)) + (1 - b[s, j]) * v
         want = want + w[s] * v
     torch.testing.assert_close(out, want)
     parameters = [augmentation.logits, augmentation.probability_logits]

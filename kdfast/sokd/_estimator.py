@@ -44,6 +44,22 @@ class _Magnitude(torch.autograd.Function):
         return grad, grad.sum(dtype=dtype).to(ctx.like)
 
 
+class _Valued(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        return grad, None
+
+
+def valued(x: Tensor, value: Tensor) -> Tensor:
+    """``value`` with the derivatives of x."""
+    return _Valued.apply(x, value)
+
+
 def choose(changed: Tensor, kept: Tensor, weight: Tensor, taken: bool) -> Tensor:
     """``changed`` if ``taken``, else ``kept``, exactly; d/d weight as of weight * changed + (1 - weight) * kept."""
     return _Choose.apply(changed, kept, weight, taken)

@@ -61,3 +61,10 @@ def apply_operation(x: Tensor, name: str, value: float, seed: int) -> Tensor:
     else:
         raise ValueError(f"name: got {name!r}")
     return x * keep.to(x.dtype).to(x.device, non_blocking=True)
+
+
+def apply_chain(x: Tensor, chain: list[tuple[str, float, int]]) -> Tensor:
+    """Operations ``(name, value, seed)`` in turn."""
+    for name, value, seed in chain:
+        x = apply_operation(x, name, value, seed)
+    return x

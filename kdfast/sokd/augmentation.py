@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ..losses._common import Levels, check_choice, check_float, levels, total
 from ..losses.features import check_same_shape, wide
-from ._estimator import choose, straight_through
-from ._operations import apply_operation
+from ._estimator import choose, straight_through, valued
+from ._operations import apply_chain
 
 
 @dataclass(frozen=True)
@@ -186,26 +186,33 @@ class FeatureAugmentation(nn.Module):
             return self._mixture(x, draw, level)
         return self._straight_through(x, draw, level) if learns else self._chain(x, draw, level)
 
-    def _operate(self, x: Tensor, policy: int, place: int, seed: int, level: int) -> Tensor:
+    def _operation(self, policy: int, place: int, seed: int) -> tuple[str, float, int]:
+        """Name, value and seed of one operation."""
         name = self.policies[policy][place]
-        value = OPERATIONS[name].value(float(self._host()[2][policy, place]))
-        return apply_operation(x, name, value, seed + level)
+        return name, OPERATIONS[name].value(float(self._host()[2][policy, place])), seed
+
+    def _operate(self, x: Tensor, policy: int, place: int, seed: int) -> Tensor:
+        return apply_chain(x, [self._operation(policy, place, seed)])
 
     def _chain(self, x: Tensor, draw: Draw, level: int) -> Tensor:
-        for place, applied in enumerate(draw.applied):
-            if applied:
-                x = self._operate(x, draw.policy, place, draw.seeds[place], level)
-        return x
+        drawn = zip(range(len(draw.applied)), draw.applied, draw.seeds, strict=True)
+        chain = [
+            self._operation(draw.policy, place, seed + level) for place, applied, seed in drawn if applied
+        ]
+        return apply_chain(x, chain) if chain else x
 
     def _straight_through(self, x: Tensor, draw: Draw, level: int) -> Tensor:
         s, source = draw.policy, x
         weight = self._weights(draw)[s]
         taken = self._taken(self.probability_logits[s], draw.logistic)
         for place, applied in enumerate(draw.applied):
-            changed = self._operate(x, s, place, draw.seeds[place], level)
+            changed = self._operate(x, s, place, draw.seeds[place] + level)
             changed = straight_through(changed, self.magnitudes[s, place])
             x = choose(changed, x, taken[place], applied)
-        return choose(x, source, weight, True)
+        # One chain interpolates once where operations in turn do it twice: the value is the chain's, as without gradients.
+        with torch.no_grad():
+            value = self._chain(source, draw, level) if sum(draw.applied) > 1 else x
+        return choose(valued(x, value), source, weight, True)
 
     def _mixture(self, x: Tensor, draw: Draw, level: int) -> Tensor:
         weights, taken = self._weights(draw), self._taken(self.probability_logits, draw.logistic)
@@ -214,7 +221,7 @@ class FeatureAugmentation(nn.Module):
             changed = wide(x)
             for place in range(len(chain)):
                 operated = straight_through(
-                    self._operate(changed, s, place, next(seeds), level), self.magnitudes[s, place]
+                    self._operate(changed, s, place, next(seeds) + level), self.magnitudes[s, place]
                 )
                 changed = torch.lerp(changed, operated, taken[s, place].to(changed.dtype))
             mixed = mixed + weights[s] * changed
