@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from ..losses._common import Levels, check_choice, check_float, levels, total
 from ..losses.features import check_same_shape, wide
+from ..ops.feature_augment import feature_augment
+from ..reference.feature_augment import plan
 from ._estimator import choose, straight_through, valued
-from ._operations import apply_chain
 
 
 @dataclass(frozen=True)
@@ -192,14 +193,14 @@ class FeatureAugmentation(nn.Module):
         return name, OPERATIONS[name].value(float(self._host()[2][policy, place])), seed
 
     def _operate(self, x: Tensor, policy: int, place: int, seed: int) -> Tensor:
-        return apply_chain(x, [self._operation(policy, place, seed)])
+        return _apply(x, [self._operation(policy, place, seed)])
 
     def _chain(self, x: Tensor, draw: Draw, level: int) -> Tensor:
         drawn = zip(range(len(draw.applied)), draw.applied, draw.seeds, strict=True)
         chain = [
             self._operation(draw.policy, place, seed + level) for place, applied, seed in drawn if applied
         ]
-        return apply_chain(x, chain) if chain else x
+        return _apply(x, chain) if chain else x
 
     def _straight_through(self, x: Tensor, draw: Draw, level: int) -> Tensor:
         s, source = draw.policy, x
@@ -305,3 +306,7 @@ class FeatureAugmentation(nn.Module):
     def extra_repr(self) -> str:
         state = "searching" if self.frozen is None else f"frozen to {' + '.join(self.policies[self.frozen])}"
         return f"{len(self.policies)} sub-policies of {len(self.policies[0])}, {self.estimator}, {state}"
+
+
+def _apply(x: Tensor, chain: list[tuple[str, float, int]]) -> Tensor:
+    return feature_augment(x, plan(x.shape, chain))
