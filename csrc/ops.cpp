@@ -7,6 +7,7 @@
 
 #include "cpu/attention_mask_ops.h"
 #include "cpu/direction_ops.h"
+#include "cpu/feature_augment_ops.h"
 #include "cpu/gram_ops.h"
 #include "cpu/logits_ops.h"
 #include "cpu/patch_gram.h"
@@ -21,6 +22,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("masked_distance", TORCH_BOX(&kd::masked_distance_cpu));
   m.impl("direction", TORCH_BOX(&kd::direction_cpu));
   m.impl("direction_backward", TORCH_BOX(&kd::direction_backward_cpu));
+  m.impl("feature_augment", TORCH_BOX(&kd::feature_augment_cpu));
+  m.impl("feature_augment_backward", TORCH_BOX(&kd::feature_augment_backward_cpu));
   m.impl("gram", TORCH_BOX(&kd::gram_cpu));
   m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cpu));
   m.impl("logits", TORCH_BOX(&kd::logits_cpu));
