@@ -13,8 +13,13 @@ namespace {
 
 constexpr int kGroup = 16;  // counters at a time
 
+inline bool is_dense(const AugmentPlane& plane) {
+  return plane.column_stride == 1 && plane.row_stride == plane.width;
+}
+
 template <class T, class A>
 void load_plane(const T* data, const AugmentPlane& from, A* to) {
+  if (is_dense(from)) return convert(data, to, from.height * from.width);
   for (int64_t r = 0; r < from.height; ++r) {
     const T* row = data + r * from.row_stride;
     if (from.column_stride == 1) {
@@ -29,6 +34,7 @@ void load_plane(const T* data, const AugmentPlane& from, A* to) {
 
 template <class T, class A>
 void store_plane(const A* from, T* data, const AugmentPlane& to) {
+  if (is_dense(to)) return convert(from, data, to.height * to.width);
   for (int64_t r = 0; r < to.height; ++r) {
     T* row = data + r * to.row_stride;
     for (int64_t c = 0; c < to.width; ++c) store(row + c * to.column_stride, from[r * to.width + c]);
@@ -89,24 +95,53 @@ void resample(const AugmentTable<A>& table, const A* from, A* to) {
   }
 }
 
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+constexpr int kWords = kVectorBytes / 4;
+
+// Upper and lower words of x * factor. A processor multiplies every second word; GCC does not find that.
+inline void multiply(const Words& x, uint32_t factor, Words& high, Words& low) {
+#if defined(__AVX512F__)
+  const __m512i v = (__m512i)x, f = _mm512_set1_epi64(factor);
+  const __m512i even = _mm512_mul_epu32(v, f), odd = _mm512_mul_epu32(_mm512_srli_epi64(v, 32), f);
+  low = (Words)_mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  high = (Words)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+#elif defined(__AVX2__)
+  const __m256i v = (__m256i)x, f = _mm256_set1_epi64x(factor);
+  const __m256i even = _mm256_mul_epu32(v, f), odd = _mm256_mul_epu32(_mm256_srli_epi64(v, 32), f);
+  low = (Words)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  high = (Words)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+#else
+  for (int i = 0; i < kWords; ++i) {
+    const uint64_t product = static_cast<uint64_t>(factor) * x[i];
+    low[i] = static_cast<uint32_t>(product);
+    high[i] = static_cast<uint32_t>(product >> 32);
+  }
+#endif
+}
+
 // Ten rounds on counters first, first + 1, ...; word w of counter i in words[w][i].
 inline void philox(uint64_t first, uint32_t seed_low, uint32_t seed_high, uint32_t (&words)[4][kGroup]) {
-  for (int i = 0; i < kGroup; ++i) {
-    const uint64_t counter = first + static_cast<uint64_t>(i);
-    words[0][i] = static_cast<uint32_t>(counter);
-    words[1][i] = static_cast<uint32_t>(counter >> 32);
-    words[2][i] = words[3][i] = 0;
-  }
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kGroup; ++i) {
-      const uint64_t p0 = 0xD2511F53ull * words[0][i], p1 = 0xCD9E8D57ull * words[2][i];
-      words[0][i] = static_cast<uint32_t>(p1 >> 32) ^ words[1][i] ^ seed_low;
-      words[1][i] = static_cast<uint32_t>(p1);
-      words[2][i] = static_cast<uint32_t>(p0 >> 32) ^ words[3][i] ^ seed_high;
-      words[3][i] = static_cast<uint32_t>(p0);
+  for (int begin = 0; begin < kGroup; begin += kWords) {
+    Words c[4] = {Words{}, Words{}, Words{}, Words{}};
+    for (int i = 0; i < kWords; ++i) {
+      const uint64_t counter = first + static_cast<uint64_t>(begin + i);
+      c[0][i] = static_cast<uint32_t>(counter);
+      c[1][i] = static_cast<uint32_t>(counter >> 32);
     }
-    seed_low += 0x9E3779B9u;
-    seed_high += 0xBB67AE85u;
+    uint32_t k0 = seed_low, k1 = seed_high;
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      Words high0, low0, high1, low1;
+      multiply(c[0], 0xD2511F53u, high0, low0);
+      multiply(c[2], 0xCD9E8D57u, high1, low1);
+      c[0] = high1 ^ c[1] ^ k0;
+      c[1] = low1;
+      c[2] = high0 ^ c[3] ^ k1;
+      c[3] = low0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    for (int w = 0; w < 4; ++w) __builtin_memcpy(words[w] + begin, &c[w], sizeof c[w]);
   }
 }
 
