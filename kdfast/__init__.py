@@ -13,6 +13,7 @@ if _extension.load_error is not None:
         stacklevel=2,
     )
 
+from . import sokd
 from .backend import info, use_backend
 from .class_means import ClassMeans, compute_class_means
 from .losses.affinity import concatenation_affinity, dot_product_affinity, softmax_affinity
@@ -85,5 +86,6 @@ __all__ = [
     "info",
     "linear_cka",
     "softmax_affinity",
+    "sokd",
     "use_backend",
 ]

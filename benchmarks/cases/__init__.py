@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from ..case import Case
-from . import affinity, attention, criss_cross, direction, feature_augment, gram, logits, pcka, structured
+from . import (
+    affinity,
+    attention,
+    criss_cross,
+    direction,
+    feature_augment,
+    gram,
+    logits,
+    pcka,
+    sokd,
+    structured,
+)
 
 FAMILIES = {
     "affinity": affinity,
@@ -15,6 +26,7 @@ FAMILIES = {
     "feature_augment": feature_augment,
     "logits": logits,
     "structured": structured,
+    "sokd": sokd,
 }
 
 # (family, case) -> what it is called in README's table and figure; contiguous float32.
