@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import kdfast
+from kdfast.ops.feature_augment import feature_augment
+from kdfast.reference.feature_augment import plan
 
 LAYOUTS = ("contiguous", "channels_last", "sliced")
 
@@ -63,6 +65,21 @@ def _balanced(student: Tensor, teacher: Tensor, means: Tensor, labels: Tensor) -
     return kdfast.direction_norm_loss(student, teacher, means, labels, reduction="class_balanced")
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _squared(relation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *inputs: _wide(relation(*inputs)).square().mean()
+
+
+def _augmented(x: Tensor, teacher: Tensor) -> Tensor:
+    steps = plan(
+        x.shape, [("noise", 0.1, 1), ("rotate", 20.0, 2), ("cutout", 0.3, 3), ("channel_drop", 0.3, 4)]
+    )
+    return (_wide(feature_augment(x, steps)) - _wide(teacher)).square().mean()
+
+
 _MAP, _ODD_MAP = (2, 24, 32, 48), (2, 24, 13, 21)
 _PAIR = [(37, 129)] * 2
 SCENARIOS: dict[str, Scenario] = {
@@ -94,6 +111,16 @@ SCENARIOS: dict[str, Scenario] = {
     "dkd": Scenario(kdfast.DKDLoss(), _PAIR, 2, (37, 129), "logits"),
     "nkd": Scenario(kdfast.NKDLoss(), _PAIR, 2, (37, 129), "logits"),
     "dist": Scenario(kdfast.DISTLoss(), _PAIR, 2, op="logits"),
+    "concatenation": Scenario(
+        _squared(kdfast.concatenation_affinity), [(2, 150), (2, 90), (2, 90, 40)], 3, op="affinity"
+    ),
+    "criss-cross": Scenario(
+        _squared(kdfast.criss_cross_attention),
+        [(2, 8, 13, 21), (2, 8, 13, 21), (2, 24, 13, 21)],
+        3,
+        op="criss_cross",
+    ),
+    "augment": Scenario(_augmented, [_ODD_MAP] * 2, op="feature_augment"),
 }
 
 

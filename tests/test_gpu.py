@@ -26,7 +26,15 @@ VARIANTS = [
     if dtype == torch.float32 or layout == "contiguous"
 ]
 
-COMPILED = ("cka", "pcka", "attention", "direction", "kd")  # one per op: compiling takes seconds
+COMPILED = (
+    "cka",
+    "pcka",
+    "attention",
+    "direction",
+    "kd",
+    "concatenation",
+    "criss-cross",
+)  # one per op: compiling takes seconds
 
 
 def device_of(name: str) -> str:

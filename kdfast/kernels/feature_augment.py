@@ -247,7 +247,7 @@ def feature_augment(x: Tensor, steps: Tensor, channels: Tensor) -> Tensor:
             matrix = part.matrix or (0.0,) * 6
             b, a = part.before, part.after
             forward[grid](
-                x, *x.stride(), to, *to.stride(), part.channels.to(x.device), count, height, width, *matrix,
+                x, *x.stride(), to, *to.stride(), part.channels.to(x.device, non_blocking=True), count, height, width, *matrix,
                 b.deviation, b.low, b.high, *b.box, a.deviation, a.low, a.high, *a.box,
                 part.matrix is not None, b.noise, b.cut, b.noise_last, a.noise, a.cut, a.noise_last, _acc(to), BLOCK,
                 **options(4),
@@ -274,7 +274,7 @@ def feature_augment_backward(grad: Tensor, steps: Tensor, channels: Tensor) -> T
             read = part.channels >= 0
             shown[part.channels[read].long()] = torch.arange(count, dtype=torch.int32)[read]
             backward[grid](
-                grad, *grad.stride(), to, *to.stride(), shown.to(grad.device), count, height, width, *matrix, *inverse,
+                grad, *grad.stride(), to, *to.stride(), shown.to(grad.device, non_blocking=True), count, height, width, *matrix, *inverse,
                 *reach, *part.before.box, *part.after.box, part.matrix is not None, part.before.cut, part.after.cut,
                 window, _acc(to), BLOCK, **options(4),
             )  # fmt: skip
