@@ -34,11 +34,18 @@ HEADLINES = {
     ("pcka", "P3 channel"): "PCKA, FPN level P3, 2x256x100x168",
     ("pcka", "RetinaNet P3..P5, batch 2"): "PCKA, RetinaNet pyramid, batch 2",
     ("gram", "rcka 3 stages + logits, resnet8x4"): "RCKA, resnet8x4, batch 128",
-    ("gram", "cka resnet50 [256, 2048, 7, 7]"): "CKA of features, 256x2048x7x7",
     ("attention", "two_stage [2, 256, 100, 168]"): "attention-guided, 2x256x100x168",
+    ("structured", "two_stage P3-P7 dot_product [2, 256]"): "structured KD, FPN P3..P7, batch 2",
+    (
+        "affinity",
+        "concatenation, 4,200 queries, 4,200 keys, 128 wide",
+    ): "concatenation non-local, 4,200 positions",
+    ("criss_cross", "[2, 256, 64, 64], query 32"): "criss-cross attention, 2x256x64x64",
     ("direction", "dino [1024, 1024], 81 classes"): "dino-loss, box head, 1024x1024",
     ("logits", "kd [256, 32000]"): "KD, 256 tokens, vocabulary 32,000",
     ("logits", "dkd [128, 100]"): "DKD, batch 128, 100 classes",
+    ("feature_augment", "rotate + shear_x [16, 256, 56, 56]"): "SoKD augmentation, 16x256x56x56",
+    ("sokd", "areas [2, 256, 100, 168]"): "SoKD areas, 2x256x100x168",
 }
 
 

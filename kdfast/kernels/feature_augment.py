@@ -273,8 +273,9 @@ def feature_augment_backward(grad: Tensor, steps: Tensor, channels: Tensor) -> T
             shown = torch.full((count,), -1, dtype=torch.int32)
             read = part.channels >= 0
             shown[part.channels[read].long()] = torch.arange(count, dtype=torch.int32)[read]
+            shown = shown.to(grad.device, non_blocking=True)
             backward[grid](
-                grad, *grad.stride(), to, *to.stride(), shown.to(grad.device, non_blocking=True), count, height, width, *matrix, *inverse,
+                grad, *grad.stride(), to, *to.stride(), shown, count, height, width, *matrix, *inverse,
                 *reach, *part.before.box, *part.after.box, part.matrix is not None, part.before.cut, part.after.cut,
                 window, _acc(to), BLOCK, **options(4),
             )  # fmt: skip
