@@ -107,7 +107,7 @@ def agree(got: Tensor, want: Tensor, inputs: list[Tensor], exact: list[Tensor], 
     for f, t in zip(found, truth, strict=True):
         # biases that batch norm or softmax cancels have a gradient of 0, but for rounding
         error = (f.double() - t).abs().max()
-        assert error <= tolerance * max(t.abs().max(), 0.02 * largest), (f.shape, error)
+        assert error <= tolerance * max(t.abs().max(), 0.1 * largest), (f.shape, error)
 
 
 CASES = [

@@ -318,7 +318,7 @@ def logits(student: Tensor, teacher: Tensor, labels: Tensor | None, *settings: A
             )  # fmt: skip
         finish[(1,)](
             values, c.labels, loss, saved[-1:], c.rows, c.ignore_index, 0, has_labels=labels is not None,
-            acc=c.constants["acc"], BLOCK=1024, num_warps=4,
+            acc=c.constants["acc"], BLOCK=1024, **options(4),
         )  # fmt: skip
     return loss, saved
 

@@ -160,7 +160,6 @@ class FeatureAugmentation(nn.Module):
 
     # ------------------------------------------------------------------ augmenting
 
-    @torch.compiler.disable  # draws and plans a chain on the host
     def augment(self, teacher: Levels, draw: Draw | None = None) -> Levels:
         """s(F_t): teacher maps [B, C, H, W], one or a sequence of levels, under one draw from the policy.
 
