@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from attention_checks import SETTINGS, compare, layouts, maps, run
+from emulated import compile_emulated
 
 from kdfast.kernels.attention_mask_cuda import DTYPES, MAX_BATCH, is_small, unsupported
 from kdfast.ops import attention_mask as op
 from kdfast.reference import attention_mask as reference
 
-ROOT = Path(__file__).resolve().parent.parent
 FLOOR = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -41,24 +39,7 @@ Parts = structure(
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cuda") / "attention.so"
-    flags = "-std=c++20 -O2 -fno-strict-aliasing -Wno-unknown-pragmas -pthread -shared -fPIC"
-    emulator, source = (
-        ROOT / "tests" / "cuda_emulator" / "cuda_emulator.h",
-        ROOT / "csrc/cuda/attention_mask.cu",
-    )
-    command = [
-        "g++",
-        *flags.split(),
-        f"-I{ROOT / 'csrc'}",
-        "-include",
-        str(emulator),
-        "-x",
-        "c++",
-        str(source),
-    ]
-    subprocess.run([*command, "-o", str(path)], check=True)
-    library = ctypes.CDLL(str(path))
+    library = compile_emulated("attention_mask", tmp_path_factory.mktemp("cuda"))
     library.kd_attention_workspace.restype = ctypes.c_int64
     return library
 

@@ -2,15 +2,13 @@
 
 import ctypes
 import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulated import compile_emulated
 
 from kdfast.reference.gram import gram as reference
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 FORWARD, BACKWARD_SAVED, BACKWARD_AGAIN = range(3)
 FLOOR = 2e-6
@@ -38,22 +36,7 @@ class Problem(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cuda") / "gram.so"
-    flags = "-std=c++20 -O2 -fno-strict-aliasing -Wno-unknown-pragmas -pthread -shared -fPIC"
-    emulator = ROOT / "tests" / "cuda_emulator" / "cuda_emulator.h"
-    source = ROOT / "csrc" / "cuda" / "gram.cu"
-    command = [
-        "g++",
-        *flags.split(),
-        f"-I{ROOT / 'csrc'}",
-        "-include",
-        str(emulator),
-        "-x",
-        "c++",
-        str(source),
-    ]
-    subprocess.run([*command, "-o", str(path)], check=True)
-    library = ctypes.CDLL(str(path))
+    library = compile_emulated("gram", tmp_path_factory.mktemp("cuda"))
     library.kd_gram_workspace.restype = ctypes.c_int64
     return library
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
-from pathlib import Path
 
 import direction_checks
 import logit_checks
 import pytest
 import torch
+from emulated import compile_emulated
 from logit_checks import IGNORED, SETTINGS, make
 from torch import Tensor
 
 from kdfast.reference.logits import KINDS
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -40,12 +38,7 @@ Direction = structure(
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
-    for op in ("logits", "direction"):
-        command = f"g++ -std=c++20 -O1 -fno-strict-aliasing -Wno-unknown-pragmas -pthread -shared -fPIC -I{ROOT}/csrc"
-        emulator, source = ROOT / "tests/cuda_emulator/cuda_emulator.h", ROOT / f"csrc/cuda/{op}.cu"
-        files = ["-include", str(emulator), "-x", "c++", str(source), "-o", str(folder / f"{op}.so")]
-        subprocess.run([*command.split(), *files], check=True)
-    logits, direction = (ctypes.CDLL(str(folder / f"{op}.so")) for op in ("logits", "direction"))
+    logits, direction = (compile_emulated(op, folder) for op in ("logits", "direction"))
     logits.kd_logits_saved.restype = logits.kd_logits_values.restype = I64
     return {"logits": logits, "direction": direction}
 

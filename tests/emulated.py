@@ -1,0 +1,18 @@
+"""CUDA sources compiled for the CPU, with the execution model of tests/cuda_emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = "-std=c++20 -O2 -fno-strict-aliasing -Wno-unknown-pragmas -pthread -shared -fPIC"
+
+
+def compile_emulated(op: str, folder: Path, flags: str = FLAGS) -> ctypes.CDLL:
+    """The launchers of csrc/cuda/<op>.cu; what they launch runs block after block, a thread of the CPU for each of CUDA's."""
+    library, emulator = folder / f"{op}.so", ROOT / "tests" / "cuda_emulator" / "cuda_emulator.h"
+    files = ["-include", str(emulator), "-x", "c++", str(ROOT / "csrc" / "cuda" / f"{op}.cu")]
+    subprocess.run(["g++", *flags.split(), f"-I{ROOT / 'csrc'}", *files, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
