@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "check.h"
+#include "storage.h"
 
 namespace kd {
 
@@ -35,6 +36,16 @@ decltype(auto) dispatch_float(ScalarType dtype, const char* argument, F&& f) {
       KD_CHECK(false, argument, " must be float32, float64, float16 or bfloat16, got ", toString(dtype));
   }
   __builtin_unreachable();
+}
+
+inline Dtype dtype_of(ScalarType dtype, const char* argument) {
+  return dispatch_float(dtype, argument, [](auto zero) {
+    using T = decltype(zero);
+    return std::is_same_v<T, double>     ? Dtype::f64
+           : std::is_same_v<T, Half>     ? Dtype::f16
+           : std::is_same_v<T, BFloat16> ? Dtype::bf16
+                                         : Dtype::f32;
+  });
 }
 
 }  // namespace kd

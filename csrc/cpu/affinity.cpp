@@ -31,28 +31,11 @@ namespace {
 
 using torch::stable::Tensor;
 
-AffinityType type_of(ScalarType type, const char* name) {
-  switch (type) {
-    case ScalarType::Float:
-      return AffinityType::f32;
-    case ScalarType::Double:
-      return AffinityType::f64;
-    case ScalarType::Half:
-      return AffinityType::f16;
-    case ScalarType::BFloat16:
-      return AffinityType::bf16;
-    default:
-      KD_CHECK(false, "affinity: ", name, " must be float32, float64, float16 or bfloat16, got ",
-               toString(type));
-  }
-  return AffinityType::f32;
-}
-
 // Rows and columns of image `image` of a tensor [B, rows, columns].
 AffinityMatrix matrix(const Tensor& x, int64_t image, const char* name) {
   auto* data = const_cast<char*>(static_cast<const char*>(x.const_data_ptr()));
   data += image * x.stride(0) * static_cast<int64_t>(x.element_size());
-  return {data, type_of(x.scalar_type(), name), x.size(1), x.stride(1), x.stride(2)};
+  return {data, dtype_of(x.scalar_type(), name), x.size(1), x.stride(1), x.stride(2)};
 }
 
 struct Sizes {

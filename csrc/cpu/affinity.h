@@ -5,16 +5,16 @@
 
 #include <cstdint>
 
-namespace kd {
+#include "common/storage.h"
 
-enum class AffinityType : int { f32, f64, f16, bf16 };
+namespace kd {
 
 constexpr int64_t kAffinityWidth = 16;  // columns of e that one sweep carries
 
 // A matrix [rows, columns] in a tensor; strides in elements.
 struct AffinityMatrix {
   void* data;
-  AffinityType dtype;
+  Dtype dtype;
   int64_t rows, row_stride, column_stride;
 };
 

@@ -85,24 +85,10 @@ void for_elements(T* data, const AffinityMatrix& m, int64_t first, int64_t count
   }
 }
 
-template <class F>
-void with_type(const AffinityMatrix& m, const F& f) {
-  switch (m.dtype) {
-    case AffinityType::f32:
-      return f(static_cast<float*>(m.data));
-    case AffinityType::f64:
-      return f(static_cast<double*>(m.data));
-    case AffinityType::f16:
-      return f(static_cast<Half*>(m.data));
-    case AffinityType::bf16:
-      return f(static_cast<BFloat16*>(m.data));
-  }
-}
-
 template <class P>
 void pack(const AffinityMatrix& from, int64_t first, int64_t count, P* to) {
   if (count < kWidth) __builtin_memset(to, 0, sizeof(P) * kWidth * from.rows);
-  with_type(from, [&](auto* data) {
+  with_dtype(from.dtype, from.data, [&](auto* data) {
     for_elements(data, from, first, count, to,
                  [](const auto* element, P* packed) { *packed = static_cast<P>(load(element)); });
   });
@@ -110,7 +96,7 @@ void pack(const AffinityMatrix& from, int64_t first, int64_t count, P* to) {
 
 template <class P>
 void unpack(const P* from, int64_t first, int64_t count, const AffinityMatrix& to) {
-  with_type(to, [&](auto* data) {
+  with_dtype(to.dtype, to.data, [&](auto* data) {
     for_elements(data, to, first, count, const_cast<P*>(from),
                  [](auto* element, const P* packed) { store(element, *packed); });
   });

@@ -39,19 +39,6 @@ const AttentionKernels<A>& kernels() {
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t padded(int64_t n) { return ceil_div(n, kColumnPadding) * kColumnPadding; }
 
-inline MapDtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return MapDtype::f64;
-    case ScalarType::Half:
-      return MapDtype::f16;
-    case ScalarType::BFloat16:
-      return MapDtype::bf16;
-    default:
-      return MapDtype::f32;
-  }
-}
-
 inline bool is_wide(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 
 inline void check_map(const Tensor& x, const char* name) {

@@ -64,7 +64,7 @@ void add(A* to, const A* from, int64_t count, A factor) {
 
 // Pools maps, and sums errors where they are asked for, in one pass.
 template <class A>
-void pool_maps(const Shape& s, MapDtype dtype, const std::vector<Pooling<A>>& maps, const Errors<A>* errors) {
+void pool_maps(const Shape& s, Dtype dtype, const std::vector<Pooling<A>>& maps, const Errors<A>* errors) {
   const int64_t row_block = s.planar ? kRowBlock : kSteps, width = padded(s.planar ? s.chunk : s.channels);
   const auto count = static_cast<int64_t>(maps.size());
   for_chunks(s, 1, [&](int64_t begin, int64_t end) {
@@ -143,7 +143,7 @@ void add_chunks(const Shape& s, const A* parts, double factor, A* out) {
 // Sum of spatial_mask * channel_mask * (x - y)^2. With pointers to them also, per pixel and per channel, the
 // sums that a mask multiplies.
 template <class A>
-double masked_error(const Shape& s, MapDtype dtype, const Map& x, const Map& y, const A* spatial_mask,
+double masked_error(const Shape& s, Dtype dtype, const Map& x, const Map& y, const A* spatial_mask,
                     const A* channel_mask, A* spatial_error, A* channel_error) {
   std::vector<double> sums(s.tasks());
   std::vector<A> parts(channel_error ? s.tasks() * s.channels : 0);
@@ -225,7 +225,7 @@ template <class A>
 void forward(const Tensor& student, const Tensor& teacher, const Tensor& compared, const Settings& set,
              A* loss, A* terms, A* spatial, A* channel, A* spatial_mask, A* channel_mask) {
   const Shape s(student);
-  const MapDtype dtype = dtype_of(student);
+  const Dtype dtype = dtype_of(student.scalar_type(), "student");
   const Map x(student, s), y(teacher, s), z(compared, s);
   const int64_t pixels = s.batch * s.pixels, channels = s.batch * s.channels;
   const int64_t bytes = 2 * student.numel() * static_cast<int64_t>(student.element_size());
@@ -325,7 +325,7 @@ std::tuple<Tensor, Tensor> attention_pool_cpu(const Tensor& x, bool with_signed)
     std::vector<A> parts(kinds * tasks);
     Pooling<A> pooling{&map, {data<A>(spatial), parts.data()}, {}};
     if (with_signed) pooling.plain = {data<A>(spatial) + pixels, parts.data() + tasks};
-    pool_maps<A>(s, dtype_of(x), {pooling}, nullptr);
+    pool_maps<A>(s, dtype_of(x.scalar_type(), "x"), {pooling}, nullptr);
     for (int64_t k = 0; k < kinds; ++k) {
       add_chunks(s, parts.data() + k * tasks, 1 / static_cast<double>(s.pixels),
                  data<A>(channel) + k * s.batch * s.channels);
@@ -370,8 +370,8 @@ Tensor masked_distance_cpu(const Tensor& x, const Tensor& y, const Tensor& spati
     KD_CHECK(s.batch == 0 || (spatial.count == 1 && channel.count == 1),
              "masked_distance: spatial_mask must be [B, 1, H, W] and channel_mask [B, C]");
     const Map xs(x, s), ys(y, s);
-    const double distance =
-        std::sqrt(masked_error<A>(s, dtype_of(x), xs, ys, spatial.get(), channel.get(), nullptr, nullptr));
+    const double distance = std::sqrt(masked_error<A>(s, dtype_of(x.scalar_type(), "x"), xs, ys,
+                                                      spatial.get(), channel.get(), nullptr, nullptr));
     const double values[6] = {0, 0, distance, 0, 0, factor(1, distance)};
     std::copy_n(values, 6, data<A>(terms));
   });

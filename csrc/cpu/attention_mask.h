@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace kd {
+#include "common/storage.h"
 
-enum class MapDtype : int { f32, f64, f16, bf16 };
+namespace kd {
 
 // Rows of contiguous columns: channels x pixels of an NCHW map, or pixels x channels of a channels_last one.
 struct MapTile {
@@ -23,14 +23,14 @@ template <class A>
 struct AttentionKernels {
   // Sums over columns (rows [rows] =) and over rows (columns [columns] +=) of |x|, and of x unless
   // signed_rows is null.
-  void (*pool)(MapDtype, MapTile x, int64_t rows, int64_t columns, A* rows_abs, A* columns_abs,
-               A* rows_signed, A* columns_signed);
+  void (*pool)(Dtype, MapTile x, int64_t rows, int64_t columns, A* rows_abs, A* columns_abs, A* rows_signed,
+               A* columns_signed);
   // d = x - y: row_errors [rows] = sum over columns of weight * d^2; column_errors += row_weight * d^2,
   // unless null.
-  void (*errors)(MapDtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* row_weights,
+  void (*errors)(Dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* row_weights,
                  const A* column_weights, A* row_errors, A* column_errors);
   // out = sign(x) (row_sign + column_sign) + (row_plain + column_plain) + row_weight column_weight (x - y)
-  void (*gradient)(MapDtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* const row_terms[3],
+  void (*gradient)(Dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* const row_terms[3],
                    const A* const column_terms[3], void* out, int64_t out_stride);
   // out [count] = the mask of two attention maps; scale: 1 / temperature. Returns the sum of what it
   // multiplies, 0 where that is null. `out` may be any of the inputs.

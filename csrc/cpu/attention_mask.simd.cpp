@@ -299,19 +299,19 @@ double mask(const A* student, const A* teacher, int64_t count, A scale, bool sof
 
 // f(pointer) with the type that `dtype` stands for; float64 goes with A = double only.
 template <class A, class F>
-inline void typed(MapDtype dtype, const void* data, const F& f) {
+inline void typed(Dtype dtype, const void* data, const F& f) {
   if constexpr (__is_same(A, double)) {
     f(static_cast<const double*>(data));
   } else {
-    if (dtype == MapDtype::f32) f(static_cast<const float*>(data));
-    if (dtype == MapDtype::f16) f(static_cast<const Half*>(data));
-    if (dtype == MapDtype::bf16) f(static_cast<const BFloat16*>(data));
+    if (dtype == Dtype::f32) f(static_cast<const float*>(data));
+    if (dtype == Dtype::f16) f(static_cast<const Half*>(data));
+    if (dtype == Dtype::bf16) f(static_cast<const BFloat16*>(data));
   }
 }
 
 template <class A>
-void pool(MapDtype dtype, MapTile x, int64_t rows, int64_t columns, A* rows_abs, A* columns_abs,
-          A* rows_signed, A* columns_signed) {
+void pool(Dtype dtype, MapTile x, int64_t rows, int64_t columns, A* rows_abs, A* columns_abs, A* rows_signed,
+          A* columns_signed) {
   typed<A>(dtype, x.data, [&]<class T>(const T* data) {
     if (rows_signed) {
       pool_map<T, A, true>(data, x.row_stride, rows, columns, rows_abs, columns_abs, rows_signed,
@@ -323,7 +323,7 @@ void pool(MapDtype dtype, MapTile x, int64_t rows, int64_t columns, A* rows_abs,
 }
 
 template <class A>
-void errors(MapDtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* row_weights,
+void errors(Dtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* row_weights,
             const A* column_weights, A* row_errors, A* column_errors) {
   typed<A>(dtype, x.data, [&]<class T>(const T* xs) {
     const T* const ys = static_cast<const T*>(y.data);
@@ -334,8 +334,8 @@ void errors(MapDtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns,
 }
 
 template <class A>
-void gradient(MapDtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns,
-              const A* const row_terms[3], const A* const column_terms[3], void* out, int64_t out_stride) {
+void gradient(Dtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* const row_terms[3],
+              const A* const column_terms[3], void* out, int64_t out_stride) {
   typed<A>(dtype, x.data, [&]<class T>(const T* xs) {
     gradient_of<T, A>(xs, x.row_stride, static_cast<const T*>(y.data), y.row_stride, rows, columns, row_terms,
                       column_terms, static_cast<T*>(out), out_stride);

@@ -45,7 +45,7 @@ void terms_of(const Parts<A>& parts, const Small<A>& pooled, const Small<A>& mas
 template <class A>
 void backward(const Tensor& x, const Tensor& other, const Parts<A>& parts, bool masked, const Tensor& out) {
   const Shape s(out);
-  const MapDtype dtype = dtype_of(x);
+  const Dtype dtype = dtype_of(x.scalar_type(), "x");
   const Map xs(x, s), ys(other, s), to(out, s);
   const Small<A> none(std::nullopt, "", 0);
   const A* terms = parts.terms.get();

@@ -44,16 +44,6 @@ struct Maps {
   const Tensor *grad_out = nullptr, *grad_query = nullptr, *grad_key = nullptr, *grad_value = nullptr;
 };
 
-CrissCrossType type_of(const Tensor& x) {
-  return dispatch_float(x.scalar_type(), "criss_cross: query", [](auto zero) {
-    using T = decltype(zero);
-    return std::is_same_v<T, double>     ? CrissCrossType::f64
-           : std::is_same_v<T, Half>     ? CrissCrossType::f16
-           : std::is_same_v<T, BFloat16> ? CrissCrossType::bf16
-                                         : CrissCrossType::f32;
-  });
-}
-
 void check(const Tensor& x, const Tensor& query, int64_t channels, const char* name) {
   KD_CHECK(x.dim() == 4 && query.dim() == 4 && channels >= 1 && x.size(0) == query.size(0) &&
                x.size(1) == channels && x.size(2) == query.size(2) && x.size(3) == query.size(3),
@@ -90,7 +80,7 @@ void run(const Maps& maps, A* lse, A* delta, bool is_backward) {
   for (const bool column : {false, true}) {
     if (column && height == 1) return;  // no cell but the own one
     CrissCrossCall<A> call{};
-    call.dtype = type_of(value);
+    call.dtype = dtype_of(value.scalar_type(), "query");
     call.query = map_of(maps.query, column), call.key = map_of(maps.key, column);
     call.value = map_of(maps.value, column), call.out = map_of(maps.out, column);
     call.grad_out = map_of(maps.grad_out, column), call.grad_query = map_of(maps.grad_query, column);

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace kd {
+#include "common/storage.h"
 
-enum class CrissCrossType : int { f32, f64, f16, bf16 };
+namespace kd {
 
 // A map [images, channels, lines, positions]: lines are image rows in the row pass, image columns in the
 // column pass. Strides in elements; data is null for a gradient that is not needed.
@@ -18,7 +18,7 @@ struct CrissCrossMap {
 
 template <class A>
 struct CrissCrossCall {
-  CrissCrossType dtype;
+  Dtype dtype;
   CrissCrossMap query, key, value, out, grad_out, grad_query, grad_key, grad_value;
   int64_t lines, length;     // cells of a line
   int64_t channels, values;  // of query and key, of value

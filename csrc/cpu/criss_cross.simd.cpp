@@ -70,7 +70,7 @@ struct Lines {
       f(p, ahead);
     }
   }
-  int64_t bytes() const { return __is_same(A, double) ? 8 : call.dtype == CrissCrossType::f32 ? 4 : 2; }
+  int64_t bytes() const { return __is_same(A, double) ? 8 : call.dtype == Dtype::f32 ? 4 : 2; }
 
   void pack(const CrissCrossMap& map, const Part& p, A* to) const {
     typed<A>(call.dtype, [&]<class T>(T) { pack_as<T, A>(map, p, n, to, ld); });

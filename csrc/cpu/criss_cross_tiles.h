@@ -199,13 +199,13 @@ class Ahead {
 
 // f(T{}) with the storage type of the maps; float64 goes with A = double only.
 template <class A, class F>
-inline void typed(CrissCrossType dtype, const F& f) {
+inline void typed(Dtype dtype, const F& f) {
   if constexpr (__is_same(A, double)) {
     f(double{});
   } else {
-    if (dtype == CrissCrossType::f32) f(float{});
-    if (dtype == CrissCrossType::f16) f(Half{});
-    if (dtype == CrissCrossType::bf16) f(BFloat16{});
+    if (dtype == Dtype::f32) f(float{});
+    if (dtype == Dtype::f16) f(Half{});
+    if (dtype == Dtype::bf16) f(BFloat16{});
   }
 }
 

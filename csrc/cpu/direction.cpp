@@ -27,30 +27,13 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr double kNormFloor = 1e-12;      // NORM_FLOOR of the reference
 constexpr int64_t kTaskElements = 32768;  // of one input, for a thread to be worth its start
 
-DirectionType type_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DirectionType::f32;
-    case ScalarType::Double:
-      return DirectionType::f64;
-    case ScalarType::Half:
-      return DirectionType::f16;
-    case ScalarType::BFloat16:
-      return DirectionType::bf16;
-    default:
-      KD_CHECK(false, "direction: ", name, " must be float32, float64, float16 or bfloat16, got ",
-               toString(x.scalar_type()));
-  }
-  return DirectionType::f32;
-}
-
 // Rows whose columns are neighbours: the tensor's own, or those of a copy that it keeps alive.
 class Rows {
  public:
   Rows(const Tensor& x, const char* name) : tensor_(x) {
     KD_CHECK(x.dim() == 2, "direction: ", name, " must be [rows, columns], got ", x.dim(), " axes");
     if (x.size(1) > 1 && x.stride(1) != 1) tensor_ = torch::stable::contiguous(x);
-    rows_ = {const_cast<void*>(tensor_.const_data_ptr()), type_of(x, name), tensor_.stride(0)};
+    rows_ = {const_cast<void*>(tensor_.const_data_ptr()), dtype_of(x.scalar_type(), name), tensor_.stride(0)};
   }
   const DirectionRows& get() const { return rows_; }
 
@@ -142,7 +125,7 @@ void forward(const DirectionKernels<A>& kernels, const Tensor& student, const Op
              Tensor& loss, Tensor& factors, Tensor& total) {
   const int64_t rows = student.size(0), columns = student.size(1), classes = centers.size(0);
   const Rows s(student, "student"), c(centers, "centers"), t(teacher ? *teacher : student, "teacher");
-  const DirectionRows no_teacher = {nullptr, DirectionType::f32, 0};
+  const DirectionRows no_teacher = {nullptr, Dtype::f32, 0};
   const Centers center_of(labels, rows, classes, ignore_index);
   KD_CHECK(!balanced || center_of.by_label() || rows == 0, "direction: balanced needs labels");
   A* f = static_cast<A*>(factors.data_ptr());
@@ -186,7 +169,7 @@ void backward(const DirectionKernels<A>& kernels, const Tensor& grad, const Tens
   const double scale = static_cast<double>(*static_cast<const A*>(grad.const_data_ptr())) /
                        static_cast<double>(*static_cast<const A*>(total.const_data_ptr()));
   const auto rows_of = [](Tensor* x) {
-    return DirectionRows{x ? x->data_ptr() : nullptr, x ? type_of(*x, "gradient") : DirectionType::f32,
+    return DirectionRows{x ? x->data_ptr() : nullptr, x ? dtype_of(x->scalar_type(), "gradient") : Dtype::f32,
                          x ? x->stride(0) : 0};
   };
   const DirectionRows to_student = rows_of(grad_student), to_teacher = rows_of(grad_teacher);

@@ -5,14 +5,14 @@
 
 #include <cstdint>
 
-namespace kd {
+#include "common/storage.h"
 
-enum class DirectionType : int { f32, f64, f16, bf16 };
+namespace kd {
 
 // Rows of a matrix; `row_stride` in elements, columns are neighbours.
 struct DirectionRows {
   void* data;
-  DirectionType dtype;
+  Dtype dtype;
   int64_t row_stride;
 };
 

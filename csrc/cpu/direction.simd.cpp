@@ -18,17 +18,17 @@ template <class A>
 const A* chunk(const DirectionRows& m, int64_t row, int64_t first, int64_t count, A* buffer) {
   const int64_t offset = row * m.row_stride + first;
   switch (m.dtype) {
-    case DirectionType::f32:
+    case Dtype::f32:
       if constexpr (sizeof(A) == 4) return static_cast<const float*>(m.data) + offset;
       convert(static_cast<const float*>(m.data) + offset, buffer, count);
       break;
-    case DirectionType::f64:
+    case Dtype::f64:
       if constexpr (sizeof(A) == 8) return static_cast<const double*>(m.data) + offset;
       break;  // float64 input makes A double
-    case DirectionType::f16:
+    case Dtype::f16:
       convert(static_cast<const Half*>(m.data) + offset, buffer, count);
       break;
-    case DirectionType::bf16:
+    case Dtype::bf16:
       convert(static_cast<const BFloat16*>(m.data) + offset, buffer, count);
       break;
   }
@@ -115,15 +115,15 @@ void mix(double f0, const DirectionRows& centers, int64_t center, double f1, con
     const A* s = f1 != 0 ? chunk(from, row, first, count, buffers[1]) : nullptr;
     A* out = buffers[2];
     if constexpr (sizeof(A) == 4) {
-      if (to.dtype == DirectionType::f32) out = static_cast<float*>(to.data) + offset;
+      if (to.dtype == Dtype::f32) out = static_cast<float*>(to.data) + offset;
     } else {
-      if (to.dtype == DirectionType::f64) out = static_cast<double*>(to.data) + offset;
+      if (to.dtype == Dtype::f64) out = static_cast<double*>(to.data) + offset;
     }
     mix_values<A>(static_cast<A>(f0), c, static_cast<A>(f1), s, out, count);
     if (out != buffers[2]) continue;
-    if (to.dtype == DirectionType::f32) convert(out, static_cast<float*>(to.data) + offset, count);
-    if (to.dtype == DirectionType::f16) convert(out, static_cast<Half*>(to.data) + offset, count);
-    if (to.dtype == DirectionType::bf16) convert(out, static_cast<BFloat16*>(to.data) + offset, count);
+    if (to.dtype == Dtype::f32) convert(out, static_cast<float*>(to.data) + offset, count);
+    if (to.dtype == Dtype::f16) convert(out, static_cast<Half*>(to.data) + offset, count);
+    if (to.dtype == Dtype::bf16) convert(out, static_cast<BFloat16*>(to.data) + offset, count);
   }
 }
 

@@ -32,23 +32,6 @@ enum Kind : int { kWarp, kCutout, kNoise, kChannels };  // as in the reference
 constexpr int64_t kNumbers = 7;
 constexpr int64_t kTaskPixels = 16384;  // for a thread to be worth its start
 
-AugmentType type_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return AugmentType::f32;
-    case ScalarType::Double:
-      return AugmentType::f64;
-    case ScalarType::Half:
-      return AugmentType::f16;
-    case ScalarType::BFloat16:
-      return AugmentType::bf16;
-    default:
-      KD_CHECK(false, "feature_augment: x must be float32, float64, float16 or bfloat16, got ",
-               toString(type));
-  }
-  return AugmentType::f32;
-}
-
 // The taps of every pixel of a result, gathered pixel by pixel, then laid out with pixels last.
 template <class A>
 class Table {
@@ -184,7 +167,7 @@ class Maps {
       : data_(const_cast<char*>(static_cast<const char*>(x.const_data_ptr()))),
         image_(x.stride(0) * static_cast<int64_t>(x.element_size())),
         channel_(x.stride(1) * static_cast<int64_t>(x.element_size())),
-        plane_{nullptr, type_of(x.scalar_type()), x.size(2), x.size(3), x.stride(2), x.stride(3)} {}
+        plane_{nullptr, dtype_of(x.scalar_type(), "x"), x.size(2), x.size(3), x.stride(2), x.stride(3)} {}
   AugmentPlane operator()(int64_t image, int64_t channel) const {
     AugmentPlane plane = plane_;
     plane.data = data_ + image * image_ + channel * channel_;

@@ -6,14 +6,14 @@
 
 #include <cstdint>
 
-namespace kd {
+#include "common/storage.h"
 
-enum class AugmentType : int { f32, f64, f16, bf16 };
+namespace kd {
 
 // One channel of one image in a tensor; strides in elements.
 struct AugmentPlane {
   void* data;
-  AugmentType dtype;
+  Dtype dtype;
   int64_t height, width, row_stride, column_stride;
 };
 

@@ -41,28 +41,14 @@ void store_plane(const A* from, T* data, const AugmentPlane& to) {
   }
 }
 
-template <class F>
-void with_type(const AugmentPlane& plane, const F& f) {
-  switch (plane.dtype) {
-    case AugmentType::f32:
-      return f(static_cast<float*>(plane.data));
-    case AugmentType::f64:
-      return f(static_cast<double*>(plane.data));
-    case AugmentType::f16:
-      return f(static_cast<Half*>(plane.data));
-    case AugmentType::bf16:
-      return f(static_cast<BFloat16*>(plane.data));
-  }
-}
-
 template <class A>
 void load_any(const AugmentPlane& from, A* to) {
-  with_type(from, [&](auto* data) { load_plane(data, from, to); });
+  with_dtype(from.dtype, from.data, [&](auto* data) { load_plane(data, from, to); });
 }
 
 template <class A>
 void store_any(const A* from, const AugmentPlane& to) {
-  with_type(to, [&](auto* data) { store_plane(from, data, to); });
+  with_dtype(to.dtype, to.data, [&](auto* data) { store_plane(from, data, to); });
 }
 
 inline Vec<double> gather(const double* from, const int32_t* place) {
@@ -122,16 +108,19 @@ inline void multiply(const Words& x, uint32_t factor, Words& high, Words& low) {
 // Ten rounds on counters first, first + 1, ...; word w of counter i in words[w][i].
 inline void philox(uint64_t first, uint32_t seed_low, uint32_t seed_high, uint32_t (&words)[4][kGroup]) {
   for (int begin = 0; begin < kGroup; begin += kWords) {
-    Words c[4] = {Words{}, Words{}, Words{}, Words{}};
+    uint32_t counter[2][kWords];
     for (int i = 0; i < kWords; ++i) {
-      const uint64_t counter = first + static_cast<uint64_t>(begin + i);
-      c[0][i] = static_cast<uint32_t>(counter);
-      c[1][i] = static_cast<uint32_t>(counter >> 32);
+      const uint64_t number = first + static_cast<uint64_t>(begin + i);
+      counter[0][i] = static_cast<uint32_t>(number);
+      counter[1][i] = static_cast<uint32_t>(number >> 32);
     }
+    Words c[4] = {Words{}, Words{}, Words{}, Words{}};
+    __builtin_memcpy(&c[0], counter[0], sizeof c[0]);
+    __builtin_memcpy(&c[1], counter[1], sizeof c[1]);
     uint32_t k0 = seed_low, k1 = seed_high;
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      Words high0, low0, high1, low1;
+      Words high0 = {}, low0 = {}, high1 = {}, low1 = {};
       multiply(c[0], 0xD2511F53u, high0, low0);
       multiply(c[2], 0xCD9E8D57u, high1, low1);
       c[0] = high1 ^ c[1] ^ k0;

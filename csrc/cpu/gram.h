@@ -5,9 +5,10 @@
 
 #include <cstdint>
 
+#include "common/storage.h"
+
 namespace kd {
 
-enum class Dtype : int { f32, f64, f16, bf16 };
 enum class Compare : int { cka, cka_row, unbiased, row_cosine, mean, difference };
 
 // One group axis, rows and features of a strided tensor; offsets are in elements.

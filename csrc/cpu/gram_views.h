@@ -14,21 +14,7 @@
 
 namespace kd {
 
-inline Dtype gram_dtype(const torch::stable::Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::Half:
-      return Dtype::f16;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    default:
-      KD_CHECK(false, "gram: need float32, float64, float16 or bfloat16, got ", toString(x.scalar_type()));
-  }
-  return Dtype::f32;
-}
+inline Dtype gram_dtype(const torch::stable::Tensor& x) { return dtype_of(x.scalar_type(), "gram: x and y"); }
 
 // Axes of some tensors, merged where the strides of all of them allow it.
 struct Axes {

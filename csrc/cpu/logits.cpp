@@ -40,13 +40,7 @@ const LogitsKernels<A>& kernels() {
 
 LogitsMatrix matrix_of(const Tensor& x, const char* argument) {
   LogitsMatrix m{static_cast<char*>(const_cast<void*>(x.const_data_ptr())), Dtype::f32, 1, 0, {}, {}};
-  m.dtype = dispatch_float(x.scalar_type(), argument, [](auto zero) {
-    using T = decltype(zero);
-    return std::is_same_v<T, double>     ? Dtype::f64
-           : std::is_same_v<T, Half>     ? Dtype::f16
-           : std::is_same_v<T, BFloat16> ? Dtype::bf16
-                                         : Dtype::f32;
-  });
+  m.dtype = dtype_of(x.scalar_type(), argument);
   const int64_t last = x.dim() - 1;
   if (x.size(last) > 1) m.stride = x.stride(last);
   for (int64_t a = last; a-- > 0;) {

@@ -23,20 +23,6 @@ constexpr int64_t padded(int64_t count) {
 template <class A>
 constexpr Dtype kDtypeOf = sizeof(A) == 8 ? Dtype::f64 : Dtype::f32;
 
-template <class F>
-inline void with_dtype(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::f32:
-      return f(static_cast<float*>(nullptr));
-    case Dtype::f64:
-      return f(static_cast<double*>(nullptr));
-    case Dtype::f16:
-      return f(static_cast<Half*>(nullptr));
-    case Dtype::bf16:
-      return f(static_cast<BFloat16*>(nullptr));
-  }
-}
-
 inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 inline char* row_data(const LogitsMatrix& m, int64_t row) {
@@ -61,8 +47,8 @@ inline const A* load_block(const LogitsMatrix& m, const char* row, int64_t first
                            int64_t hidden, A* buffer) {
   const bool hides = hidden >= first && hidden < first + count;
   if (!hides && in_place<A>(m, count)) return reinterpret_cast<const A*>(row) + first;
-  with_dtype(m.dtype, [&](auto* tag) {
-    const auto* from = reinterpret_cast<decltype(tag)>(const_cast<char*>(row)) + first * m.stride;
+  with_dtype(m.dtype, row, [&](const auto* data) {
+    const auto* from = data + first * m.stride;
     if (m.stride == 1) {
       convert(from, buffer, count);
     } else {
@@ -76,8 +62,8 @@ inline const A* load_block(const LogitsMatrix& m, const char* row, int64_t first
 
 template <class A>
 inline void store_block(const LogitsMatrix& m, char* row, int64_t first, int64_t count, const A* buffer) {
-  with_dtype(m.dtype, [&](auto* tag) {
-    auto* to = reinterpret_cast<decltype(tag)>(row) + first * m.stride;
+  with_dtype(m.dtype, row, [&](auto* data) {
+    auto* to = data + first * m.stride;
     if (m.stride == 1) {
       convert(buffer, to, count);
     } else {
@@ -88,15 +74,12 @@ inline void store_block(const LogitsMatrix& m, char* row, int64_t first, int64_t
 
 inline double load_one(const LogitsMatrix& m, const char* row, int64_t index) {
   double value = 0;
-  with_dtype(m.dtype, [&](auto* tag) {
-    value = load(reinterpret_cast<decltype(tag)>(const_cast<char*>(row)) + index * m.stride);
-  });
+  with_dtype(m.dtype, row, [&](const auto* data) { value = load(data + index * m.stride); });
   return value;
 }
 
 inline void store_one(const LogitsMatrix& m, char* row, int64_t index, double value) {
-  with_dtype(m.dtype,
-             [&](auto* tag) { store(reinterpret_cast<decltype(tag)>(row) + index * m.stride, value); });
+  with_dtype(m.dtype, row, [&](auto* data) { store(data + index * m.stride, value); });
 }
 
 template <class A>

@@ -5,6 +5,8 @@
 // code.
 
 #include <cstdint>
+
+#include "common/storage.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -86,6 +88,22 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+
+// f(data) with the type that `dtype` stands for.
+template <class F>
+inline void with_dtype(Dtype dtype, const void* data, const F& f) {
+  void* from = const_cast<void*>(data);
+  switch (dtype) {
+    case Dtype::f32:
+      return f(static_cast<float*>(from));
+    case Dtype::f64:
+      return f(static_cast<double*>(from));
+    case Dtype::f16:
+      return f(static_cast<Half*>(from));
+    case Dtype::bf16:
+      return f(static_cast<BFloat16*>(from));
+  }
+}
 
 inline float as_float(uint32_t bits) {
   float f;
