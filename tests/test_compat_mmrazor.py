@@ -1,10 +1,10 @@
-"""Drop-ins of kdfast.compat.mmrazor: values and gradients of the published computation, written out in test_pcka."""
+"""Drop-ins of kdfast.compat.mmrazor: values and gradients of the published computation, written out in pcka_checks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from test_pcka import maps, naive_cka, naive_patches
+from pcka_checks import maps, naive_cka, naive_patches
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
