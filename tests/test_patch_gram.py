@@ -180,6 +180,7 @@ def test_memory(size: tuple[int, int], share: float, average: str) -> None:
     """Below one resized copy; without a resize below 10 % of both maps (one copy is half of them)."""
     student, teacher = maps((4, 256, *size), (4, 256, *size))
     loss = kdfast.PCKALoss(average=average)
+    teacher = teacher.detach()
     found = peak(lambda: torch.autograd.grad(loss(student, teacher), student), student.device)
     if found is None:
         pytest.skip("the machine does not say how much memory a process takes")

@@ -85,7 +85,7 @@ def _blocks(x: Tensor, y: Tensor, grid: Grid) -> Iterator[slice]:
     axis = 0 if grid.average == BATCH else 1
     count = x.shape[axis]
     if grid.average == SPATIAL:
-        yield slice(0, count)
+        yield slice(None)  # of each side, whose channels may differ
         return
     pixels = grid.size[0] * grid.size[1]
     size = max(v.shape[0] * v.shape[1] for v in (x, y)) * pixels * accumulator(x, y).itemsize
