@@ -131,8 +131,12 @@ def cases() -> list[Case]:
         case("P3 channel, intra + inter", [p3], inter=True),
         case("P3 channel", [p3], channels_last=True),
         case("P3 channel", [p3], dtype=torch.bfloat16),
-        case("P3 channel, no resize", [(2, 256, 112, 176)], source="a map of whole patches"),
-        case("P5 channel", [(2, 256, *RETINANET["P5"])]),
+        case("P3 channel, no resize", [(2, 256, 96, 160)], source="a map of whole patches"),
+        *(
+            case(f"P5 {average}, batch {batch}", [(batch, 256, *RETINANET["P5"])], average=average)
+            for average in ("channel", "batch", "spatial")
+            for batch in (2, 8)
+        ),
     ]
     for batch in (2, 8, 12):
         for detector, pyramid, levels, inter in (

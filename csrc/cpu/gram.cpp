@@ -1,244 +1,15 @@
-// Op gram on the CPU: from the small matrices of a group to distances, and from gradients of those to what
-// multiplies the tiles. Formulas: METHODS 1.1 to 1.3 as written in kdfast/reference/gram.py; plan and
-// threads: gram_problem.h.
+// Op gram on the CPU. Formulas of one group: gram_terms.h; plan and threads: gram_problem.h.
 
 #include <torch/csrc/stable/ops.h>
 
 #include "common/gradient.h"
 #include "cpu/gram_ops.h"
-#include "cpu/gram_problem.h"
+#include "cpu/gram_terms.h"
 
 namespace kd {
-namespace {
 
-// What a loss term is given and asked for: gradients of products (xy, xx, yy) and distance.
-struct TermGradient {
-  double xy, xx, yy, distance;
-};
-
-// Products and distance from squared norms: the side that is not N x N.
-struct NormTerm {
-  double xy, xx, yy;
-  bool empty() const { return xx == 0 || yy == 0; }
-  double similarity() const { return empty() ? 0 : xy / (std::sqrt(xx) * std::sqrt(yy)); }
-  double distance(Compare compare, double n) const {
-    if (compare == Compare::difference) return std::max(0.0, (xx + yy - 2 * xy) / (n * n));
-    return empty() ? 1.0 : std::max(0.0, 1 - similarity());
-  }
-  // Factors of M Y, K X (for dX) and M^T X, L Y (for dY).
-  struct Factors {
-    double cross, own_x, own_y;
-  };
-  Factors gradient(Compare compare, double n, const TermGradient& g) const {
-    Factors f{2 * g.xy, 4 * g.xx, 4 * g.yy};
-    if (compare == Compare::difference) {
-      f.cross -= 4 * g.distance / (n * n), f.own_x += 4 * g.distance / (n * n),
-          f.own_y += 4 * g.distance / (n * n);
-    } else if (!empty()) {
-      const double scale = 2 * g.distance / (std::sqrt(xx) * std::sqrt(yy));
-      f.cross -= scale, f.own_x += scale * xy / xx, f.own_y += scale * xy / yy;
-    }
-    return f;
-  }
-};
-
-// The matrices of one group for both terms. Centred: the tiles are doubly centred and have their column means
-// as last row; intra Grams get the row means back, inter ones the column means (both rank-one updates).
-template <class A>
-class PairTerms {
- public:
-  PairTerms(const GramProblem<A>& p, int64_t g, A* matrices)
-      : n_(p.view(0).rows), ld_(p.padded(0)), storage_(p.extended() ? 4 * n_ * ld_ : 0), m_(p.xy(matrices)) {
-    A* const grams[2] = {p.xx(matrices), p.yy(matrices)};
-    for (int s : {0, 1}) {
-      intra_[s] = inter_[s] = grams[s];
-      if (!p.extended()) continue;
-      double mean = 0;
-      for (int64_t i = 0; i < n_; ++i) mean += p.row_mean(s, g)[i] / static_cast<double>(n_);
-      for (int64_t i = 0; i < n_; ++i) row_means_[s].push_back(static_cast<A>(p.row_mean(s, g)[i] - mean));
-      intra_[s] = storage_.get() + 2 * s * n_ * ld_;
-      inter_[s] = intra_[s] + n_ * ld_;
-      p.kernels_table().rank_one_updates(grams[s], n_, ld_, row_means(s), p.view(s).features, intra_[s],
-                                         inter_[s]);
-    }
-    if (p.extended()) p.kernels_table().update_cross(m_, n_, ld_);
-    const auto norm = [&](const A* m) { return p.kernels_table().norm_sq(m, n_, n_, ld_); };
-    inter = {norm(m_), norm(inter_[0]), norm(inter_[1])};
-  }
-
-  A* gram(int side) const { return intra_[side]; }              // of the column-centred X or Y
-  const A* inter_gram(int side) const { return inter_[side]; }  // of the row-centred Xr or Yr
-  const A* cross() const { return m_; }                         // Xr Yr^T; row n and column n hold its sums
-  const A* row_means(int side) const { return row_means_[side].empty() ? nullptr : row_means_[side].data(); }
-
-  NormTerm inter;
-
- private:
-  int64_t n_, ld_;
-  Buffer<A> storage_;
-  A *intra_[2], *inter_[2], *m_;
-  std::vector<A> row_means_[2];
-};
-
-template <class A>
-CompareArgs<A> arguments(const GramProblem<A>& p, A* k, A* l, const TermGradient& g = {}) {
-  return {
-      p.flags().compare, p.flags().centered, p.view(0).rows, p.padded(0), k, l, g.distance, g.xy, g.xx, g.yy};
-}
-
-template <class A>
-NormTerm feature_term(const GramProblem<A>& p, A* matrices) {
-  const int64_t dx = p.view(0).rows, dy = p.view(1).rows;
-  const auto norm_sq = p.kernels_table().norm_sq;
-  return {norm_sq(p.xy(matrices), dx, dy, p.padded(1)), norm_sq(p.xx(matrices), dx, dx, p.padded(0)),
-          norm_sq(p.yy(matrices), dy, dy, p.padded(1))};
-}
-
-// products [terms, 3], distance [terms]
-template <class A>
-void forward_group(const GramProblem<A>& p, int64_t g, A* matrices, double* products, double* distance) {
-  const auto set = [&](int term, const NormTerm& t, double n) {
-    products[3 * term] = t.xy, products[3 * term + 1] = t.xx, products[3 * term + 2] = t.yy;
-    distance[term] = t.distance(p.flags().compare, n);
-  };
-  if (p.flags().feature_side) {
-    set(0, feature_term(p, matrices), static_cast<double>(p.view(0).features));
-  } else if (p.flags().inter) {
-    const PairTerms<A> terms(p, g, matrices);
-    distance[0] = p.kernels_table().compare(arguments(p, terms.gram(0), terms.gram(1)), products);
-    set(1, terms.inter, static_cast<double>(p.view(0).features));
-  } else {
-    distance[0] = p.kernels_table().compare(arguments(p, p.xx(matrices), p.yy(matrices)), products);
-  }
-}
-
-// What write_gradient needs for one group.
-template <class A>
-struct GroupMix {
-  std::unique_ptr<Buffer<A>> own[2], other[2], bias[2];
-  typename GramProblem<A>::Mix get(int side) const {
-    const auto pointer = [](const std::unique_ptr<Buffer<A>>& b) { return b ? b->get() : nullptr; };
-    return {pointer(own[side]), pointer(other[side]), pointer(bias[side])};
-  }
-};
-
-template <class A>
-std::unique_ptr<Buffer<A>> packed(const GramProblem<A>& p, int side, int from, const A* m, int64_t row_stride,
-                                  int64_t column_stride = 1, double scale = 1) {
-  auto buffer = std::make_unique<Buffer<A>>(p.mix_elements(side, from));
-  p.kernels_table().pack_mix(m, row_stride, column_stride, scale, p.view(side).rows, p.rows(from),
-                             buffer->get());
-  return buffer;
-}
-
-// A matrix for each side whose gradient is wanted, else null.
-template <class A>
-class SideGrams {
- public:
-  SideGrams(const GramProblem<A>& p, int64_t elements) {
-    for (int s : {0, 1}) {
-      if (p.wants(s)) grams_[s] = std::make_unique<Buffer<A>>(elements);
-    }
-  }
-  A* get(int side) const { return grams_[side] ? grams_[side]->get() : nullptr; }
-
- private:
-  std::unique_ptr<Buffer<A>> grams_[2];
-};
-
-template <class A>
-GroupMix<A> feature_mix(const GramProblem<A>& p, A* matrices, const TermGradient& g) {
-  const int64_t samples = p.view(0).features, ldx = p.padded(0), ldy = p.padded(1);
-  auto f = feature_term(p, matrices).gradient(p.flags().compare, static_cast<double>(samples), g);
-  if (p.flags().centered && samples <= 2) f = {0, 0, 0};
-  GroupMix<A> mix;
-  if (p.wants(0)) {
-    mix.own[0] = packed(p, 0, 0, p.xx(matrices), ldx, 1, f.own_x);
-    mix.other[0] = packed(p, 0, 1, p.xy(matrices), ldy, 1, f.cross);
-  }
-  if (p.wants(1)) {
-    mix.own[1] = packed(p, 1, 1, p.yy(matrices), ldy, 1, f.own_y);
-    mix.other[1] = packed(p, 1, 0, p.xy(matrices), 1, ldy, f.cross);
-  }
-  return mix;
-}
-
-// Intra: G1 X. Inter: own K Xr + cross M Yr. With the tile's last row, the column means, Xr = Xd + 1 mean^T.
-template <class A>
-GroupMix<A> pair_mix(const GramProblem<A>& p, int64_t group, A* matrices, const TermGradient& intra,
-                     const TermGradient& inter) {
-  const int64_t n = p.view(0).rows, ld = p.padded(0);
-  const PairTerms<A> terms(p, group, matrices);
-  auto f = terms.inter.gradient(p.flags().compare, static_cast<double>(p.view(0).features), inter);
-  if (p.flags().centered && p.view(0).features <= 2) f = {0, 0, 0};
-  const SideGrams<A> g(p, n * ld);
-  p.kernels_table().compare_backward(arguments(p, terms.gram(0), terms.gram(1), intra), g.get(0), g.get(1));
-  GroupMix<A> mix;
-  for (int s : {0, 1}) {
-    if (!p.wants(s)) continue;
-    A* own = g.get(s);
-    if (p.extended()) mix.bias[s] = std::make_unique<Buffer<A>>(n);
-    p.kernels_table().add_inter(own, terms.inter_gram(s), s ? f.own_y : f.own_x, terms.row_means(s), n, ld,
-                                mix.get(s).bias);
-    mix.own[s] = packed(p, s, s, own, ld);
-    mix.other[s] = packed(p, s, 1 - s, terms.cross(), s ? 1 : ld, s ? ld : 1, f.cross);
-  }
-  return mix;
-}
-
-// G X, and where rows were scaled to unit length first, its projection: u_i (Z_i - (x_i . Z_i) x_i) with Z =
-// G Xc.
-template <class A>
-GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const TermGradient& gradient) {
-  const int64_t n = p.view(0).rows, ld = p.padded(0);
-  const SideGrams<A> sides(p, n * ld);
-  Buffer<A> grams(p.flags().cosine ? p.matrix_elements() : 0);
-  if (p.flags().cosine) std::memcpy(grams.get(), matrices, p.matrix_elements() * sizeof(A));
-  p.kernels_table().compare_backward(arguments(p, p.xx(matrices), p.yy(matrices), gradient), sides.get(0),
-                                     sides.get(1));
-  GroupMix<A> mix;
-  for (int s : {0, 1}) {
-    if (!p.wants(s)) continue;
-    A* g = sides.get(s);
-    if (p.flags().cosine) {
-      const A *gram = s ? p.yy(grams.get()) : p.xx(grams.get()), *u = p.row_scale(s, group);
-      for (int64_t i = 0; i < n; ++i) {
-        // x_i . Z_i = sum_j G_ij x_i . xc_j; the uncentred x_i is xc_i plus the mean, which is the tile's
-        // last row.
-        double q = 0;
-        for (int64_t j = 0; j < n; ++j) {
-          const double mean_part = p.extended() ? static_cast<double>(gram[j * ld + n]) : 0.0;
-          q += static_cast<double>(g[i * ld + j]) * (static_cast<double>(gram[i * ld + j]) + mean_part);
-        }
-        for (int64_t j = 0; j < n; ++j) g[i * ld + j] *= u[i];
-        g[i * ld + i] -= static_cast<A>(q) * u[i];
-        if (p.extended()) g[i * ld + n] = static_cast<A>(-q) * u[i];
-      }
-    }
-    mix.own[s] = packed(p, s, s, g, ld);
-  }
-  return mix;
-}
-
-// Between saved [G, ...] and a group's padded matrices: XX and YY as rows of their upper triangles, XY whole.
-template <class A>
-void for_saved_rows(const GramProblem<A>& p, A* matrices, A* saved, bool load) {
-  const auto copy = [&](A* m, int64_t rows, int64_t columns, int64_t ld, bool triangle) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t first = triangle ? i : 0, count = columns - first;
-      A* row = m + i * ld + first;
-      std::memcpy(load ? row : saved, load ? saved : row, count * sizeof(A));
-      saved += count;
-    }
-    if (load && triangle) p.kernels_table().mirror(m, rows, ld);
-  };
-  copy(p.xx(matrices), p.rows(0), p.rows(0), p.padded(0), true);
-  copy(p.yy(matrices), p.rows(1), p.rows(1), p.padded(1), true);
-  if (p.cross()) copy(p.xy(matrices), p.rows(0), p.rows(1), p.padded(1), false);
-}
-
-GramFlags flags_of(const Tensor& x, const Tensor& y, int64_t compare, bool centered, bool cosine, bool inter,
-                   bool feature_side) {
+GramFlags gram_flags(const Tensor& x, const Tensor& y, int64_t compare, bool centered, bool cosine,
+                     bool inter, bool feature_side) {
   KD_CHECK(x.dim() == 6 && y.dim() == 6, "gram: x and y must be views [G, R1, R2, F1, F2, F3], got ", x.dim(),
            " and ", y.dim(), " axes");
   for (int a = 0; a < 3; ++a) {
@@ -260,6 +31,8 @@ GramFlags flags_of(const Tensor& x, const Tensor& y, int64_t compare, bool cente
   return {c, centered, cosine, inter, feature_side};
 }
 
+namespace {
+
 Tensor empty(const Tensor& like, std::vector<int64_t> size, bool wide) {
   return torch::stable::new_empty(like, size, wide ? ScalarType::Double : ScalarType::Float);
 }
@@ -268,18 +41,11 @@ template <class A>
 void forward(const Tensor& x, const Tensor& y, const GramFlags& flags, Tensor& products, Tensor& distance,
              Tensor& saved) {
   const GramProblem<A> p(x, y, flags);
-  const int64_t groups = p.groups(), terms = flags.inter ? 2 : 1;
   A *to_products = static_cast<A*>(products.data_ptr()), *to_distance = static_cast<A*>(distance.data_ptr());
   A* keep = saved.numel() ? static_cast<A*>(saved.data_ptr()) : nullptr;
   p.for_matrices([&](int64_t g, A* matrices) {
     if (keep) for_saved_rows(p, matrices, keep + g * saved.size(1), false);
-    double group_products[6], group_distance[2];
-    forward_group(p, g, matrices, group_products, group_distance);
-    for (int64_t t = 0; t < terms; ++t) {
-      to_distance[t * groups + g] = static_cast<A>(group_distance[t]);
-      for (int64_t i = 0; i < 3; ++i)
-        to_products[(t * 3 + i) * groups + g] = static_cast<A>(group_products[3 * t + i]);
-    }
+    forward_group(p, g, matrices, to_products, to_distance);
   });
 }
 
@@ -287,58 +53,24 @@ template <class A>
 void backward(const Tensor& grad_products, const Tensor& grad_distance, const Tensor& x, const Tensor& y,
               const Tensor& saved, const GramFlags& flags, Tensor* grad_x, Tensor* grad_y) {
   const GramProblem<A> p(x, y, flags, grad_x, grad_y);
-  const Tensor* gradients[2] = {grad_x, grad_y};
-  const int64_t groups = p.groups();
-  const auto gradient_of = [&](int64_t term, int64_t g) -> TermGradient {
-    const A* gp = static_cast<const A*>(grad_products.const_data_ptr());
-    const A* gd = static_cast<const A*>(grad_distance.const_data_ptr());
-    const auto product = [&](int64_t i) {
-      return gp[term * grad_products.stride(0) + i * grad_products.stride(1) + g * grad_products.stride(2)];
-    };
-    return {product(0), product(1), product(2),
-            gd[term * grad_distance.stride(0) + g * grad_distance.stride(1)]};
-  };
   const auto mix_of = [&](int64_t g, A* matrices) {
-    if (flags.feature_side) return feature_mix(p, matrices, gradient_of(0, g));
-    if (flags.inter) return pair_mix(p, g, matrices, gradient_of(0, g), gradient_of(1, g));
-    return gram_mix(p, g, matrices, gradient_of(0, g));
-  };
-  const auto write = [&](int side, int64_t g, const GroupMix<A>& mix, int64_t begin, int64_t end) {
-    Buffer<A> scratch(p.gradient_scratch(side));
-    for (int64_t c = begin; c < end; ++c) p.write_gradient(side, g, c, mix.get(side), scratch.get());
+    return group_mix(p, g, matrices, grad_products, grad_distance);
   };
   const auto for_matrices = [&](const auto& f) {
-    if (!saved.numel()) return p.for_matrices(f);
-    parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      Buffer<A> matrices(p.matrix_elements());
-      for (int64_t g = begin; g < end; ++g) {
-        for_saved_rows(p, matrices.get(), static_cast<A*>(saved.data_ptr()) + g * saved.size(1), true);
-        f(g, matrices.get());
-      }
-    });
+    saved.numel() ? for_saved_matrices(p, saved, f) : p.for_matrices(f);
   };
-  if (groups >= kManyGroups) {
+  if (p.groups() >= kManyGroups) {
     for_matrices([&](int64_t g, A* matrices) {
       const GroupMix<A> mix = mix_of(g, matrices);
       for (int s : {0, 1}) {
-        if (gradients[s]) write(s, g, mix, 0, p.chunks_of(s));
+        if (p.wants(s)) write_chunks(p, s, g, mix, 0, p.chunks_of(s));
       }
     });
     return;
   }
-  std::vector<GroupMix<A>> mixes(groups);
+  std::vector<GroupMix<A>> mixes(p.groups());
   for_matrices([&](int64_t g, A* matrices) { mixes[g] = mix_of(g, matrices); });
-  for (int s : {0, 1}) {
-    const int64_t chunks = p.chunks_of(s);
-    if (!gradients[s] || !chunks) continue;
-    parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end;) {
-        const int64_t g = task / chunks, last = std::min(end, (g + 1) * chunks);
-        write(s, g, mixes[g], task - g * chunks, last - g * chunks);
-        task = last;
-      }
-    });
-  }
+  write_gradients(p, mixes);
 }
 
 bool is_wide(const Tensor& x, const Tensor& y) {
@@ -349,7 +81,7 @@ bool is_wide(const Tensor& x, const Tensor& y) {
 
 std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, const Tensor& y, int64_t compare, bool centered,
                                             bool cosine, bool inter, bool feature_side, bool save) {
-  const GramFlags flags = flags_of(x, y, compare, centered, cosine, inter, feature_side);
+  const GramFlags flags = gram_flags(x, y, compare, centered, cosine, inter, feature_side);
   KD_CHECK(!(save && cosine),
            "gram: save must be False with cosine, whose backward also needs the row norms");
   const bool wide = is_wide(x, y);
@@ -371,7 +103,7 @@ std::tuple<Tensor, Tensor> gram_backward_cpu(const Tensor& grad_products, const 
                                              const Tensor& x, const Tensor& y, const Tensor& saved,
                                              int64_t compare, bool centered, bool cosine, bool inter,
                                              bool feature_side, bool need_x, bool need_y) {
-  const GramFlags flags = flags_of(x, y, compare, centered, cosine, inter, feature_side);
+  const GramFlags flags = gram_flags(x, y, compare, centered, cosine, inter, feature_side);
   Tensor grad_x = new_gradient(x, need_x), grad_y = new_gradient(y, need_y);
   Tensor *to_x = need_x ? &grad_x : nullptr, *to_y = need_y ? &grad_y : nullptr;
   if (is_wide(x, y)) {

@@ -70,18 +70,42 @@ class Buffer {
   A* data_;
 };
 
+// What tiles need to know of whole rows: their means (beyond a reference value) and norms. Gathered over one
+// or several blocks of features.
+template <class A>
+struct RowMeasures {
+  std::vector<A> scale[2], ref[2], mean[2];
+  std::vector<double> total_mean[2];
+  std::vector<double> sum[2], sum_sq[2];  // while gathering
+  int64_t features[2] = {0, 0};
+
+  void finish(bool norms) {
+    for (int s : {0, 1}) {
+      const size_t total = sum[s].size();
+      mean[s].resize(total), total_mean[s].resize(total), scale[s].assign(total, A(1));
+      for (size_t i = 0; i < total; ++i) {
+        const double m = features[s] ? sum[s][i] / static_cast<double>(features[s]) : 0;
+        mean[s][i] = static_cast<A>(m), total_mean[s][i] = m + ref[s][i];
+        if (norms) scale[s][i] = sum_sq[s][i] > 0 ? static_cast<A>(1 / std::sqrt(sum_sq[s][i])) : A(0);
+      }
+    }
+  }
+};
+
 // Two views side by side, and the small matrices XX, YY (and XY) of their rows.
 template <class A>
 class GramProblem {
  public:
-  // gradients: the tensors that receive them, or null.
+  // gradients: the tensors that receive them, or null. measures: of whole rows, where x and y are blocks of
+  // their features; else they are taken here.
   GramProblem(const Tensor& x, const Tensor& y, const GramFlags& flags, const Tensor* grad_x = nullptr,
-              const Tensor* grad_y = nullptr)
+              const Tensor* grad_y = nullptr, const std::shared_ptr<RowMeasures<A>>& measures = nullptr)
       : k_(gram_kernels<A>()),
         flags_(flags),
         cross_(flags.inter || flags.feature_side),
-        extend_(!flags.feature_side && flags.centered && (flags.inter || flags.cosine)),
-        groups_(x.size(0)) {
+        extend_(extends(flags)),
+        groups_(x.size(0)),
+        measures_(measures) {
     const Tensor* inputs[2] = {&x, &y};
     const Tensor* gradients[2] = {grad_x, grad_y};
     if (cross_) {
@@ -113,7 +137,16 @@ class GramProblem {
     offset_[1] = padded_[0] * padded_[0];
     offset_[2] = offset_[1] + padded_[1] * padded_[1];
     elements_ = offset_[2] + (cross_ ? padded_[0] * padded_[1] : 0);
-    measure_rows();
+    if (measures_ || !measures_rows(flags)) return;
+    measures_ = std::make_shared<RowMeasures<A>>();
+    measure(*measures_);
+    measures_->finish(norms());
+  }
+
+  static bool extends(const GramFlags& f) { return !f.feature_side && f.centered && (f.inter || f.cosine); }
+  // Whether tiles need to know whole rows.
+  static bool measures_rows(const GramFlags& f) {
+    return (f.cosine && !f.feature_side) || (f.centered && (f.inter || f.feature_side));
   }
 
   const GramKernels<A>& kernels_table() const { return k_; }
@@ -129,8 +162,16 @@ class GramProblem {
   A* xx(A* matrices) const { return matrices; }
   A* yy(A* matrices) const { return matrices + offset_[1]; }
   A* xy(A* matrices) const { return matrices + offset_[2]; }  // [x rows, y rows], leading dimension padded(1)
-  const A* row_scale(int side, int64_t g) const { return scale_[side].data() + g * view(side).rows; }
-  const double* row_mean(int side, int64_t g) const { return total_mean_[side].data() + g * view(side).rows; }
+  const A* row_scale(int side, int64_t g) const {
+    return measures_->scale[side].data() + g * view(side).rows;
+  }
+  const double* row_mean(int side, int64_t g) const {
+    return measures_->total_mean[side].data() + g * view(side).rows;
+  }
+  // Of whole rows, where the view is a block of them.
+  int64_t features(int side) const {
+    return measures_ && measures_->features[side] ? measures_->features[side] : view(side).features;
+  }
 
   // Calls f(group, matrices) with the complete matrices of every group, in parallel over groups.
   template <class F>
@@ -175,6 +216,50 @@ class GramProblem {
       });
       mirror(sum);
       f(g, sum);
+    }
+  }
+
+  // One pass over the views; adds to what earlier blocks of the features left in `m`.
+  void measure(RowMeasures<A>& m) const {
+    for (int s : {0, 1}) {
+      const GramView& v = view(s);
+      const int64_t n = v.rows, total = groups_ * n;
+      const bool fresh = m.features[s] == 0;
+      if (fresh) m.ref[s].assign(total, A(0)), m.sum[s].assign(total, 0.0), m.sum_sq[s].assign(total, 0.0);
+      m.features[s] += v.features;
+      if (v.features == 0 || total == 0) continue;
+      const int64_t chunks = chunks_of(s),
+                    splits = std::min<int64_t>(chunks, groups_ >= kManyGroups ? 1 : kTasks);
+      std::vector<double> sums(2 * splits * total, 0.0);
+      const int64_t grain = ceil_div(kTaskElements, ceil_div(n * v.features, splits));
+      parallel_for(0, groups_ * splits, grain, [&](int64_t begin, int64_t end) {
+        Buffer<A> tile(tile_elements(s)), first_column(n * k_.lanes);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t g = task / splits, split = task % splits;
+          std::vector<A> ref(n, A(0));
+          if (!fresh) {
+            std::copy_n(m.ref[s].begin() + g * n, n, ref.begin());
+          } else if (centers_rows()) {
+            k_.pack(v, g, 0, 1, TileTransform<A>{}, first_column.get(), k_.lanes, k_.lanes, n);
+            for (int64_t r = 0; r < n; ++r) ref[r] = first_column.get()[r * k_.lanes];
+          }
+          if (fresh && split == 0) std::copy(ref.begin(), ref.end(), m.ref[s].begin() + g * n);
+          double* sum = sums.data() + 2 * task * n;
+          for (int64_t c = chunks * split / splits; c < chunks * (split + 1) / splits; ++c) {
+            const int64_t first = c * chunk_[s], count = std::min(chunk_[s], v.features - first);
+            k_.pack(v, g, first, count, TileTransform<A>{}, tile.get(), ld_[s], round_up(count, k_.lanes), n);
+            k_.row_sums(tile.get(), ld_[s], count, n, ref.data(), centers_rows() ? sum : nullptr,
+                        norms() ? sum + n : nullptr);
+          }
+        }
+      });
+      for (int64_t i = 0; i < total; ++i) {
+        const int64_t g = i / n, r = i % n;
+        for (int64_t split = 0; split < splits; ++split) {
+          m.sum[s][i] += sums[2 * (g * splits + split) * n + r];
+          m.sum_sq[s][i] += sums[(2 * (g * splits + split) + 1) * n + r];
+        }
+      }
     }
   }
 
@@ -231,8 +316,9 @@ class GramProblem {
   void pack(int side, int64_t g, int64_t first, int64_t count, A* tile) const {
     const int64_t at = g * view(side).rows;
     TileTransform<A> t{};
-    if (flags_.cosine && !flags_.feature_side) t.row_scale = scale_[side].data() + at;
-    if (centers_rows()) t.row_ref = ref_[side].data() + at, t.row_mean = mean_[side].data() + at;
+    if (norms()) t.row_scale = measures_->scale[side].data() + at;
+    if (centers_rows())
+      t.row_ref = measures_->ref[side].data() + at, t.row_mean = measures_->mean[side].data() + at;
     if (scales_columns()) t.column_scale = column_scale(side, tile);
     t.center = flags_.centered && !flags_.feature_side;
     t.extend = extend_;
@@ -268,53 +354,7 @@ class GramProblem {
     k_.mirror(yy(matrices), rows_[1], padded_[1]);
   }
 
-  // One pass over the inputs where tiles need to know whole rows: their means, or their norms.
-  void measure_rows() {
-    const bool norms = flags_.cosine && !flags_.feature_side;
-    if (!norms && !centers_rows()) return;
-    for (int s : {0, 1}) {
-      const GramView& v = view(s);
-      const int64_t n = v.rows, total = groups_ * n;
-      ref_[s].assign(total, A(0)), mean_[s].assign(total, A(0)), total_mean_[s].assign(total, 0.0);
-      scale_[s].assign(total, A(1));
-      if (v.features == 0 || total == 0) continue;
-      const int64_t chunks = chunks_of(s),
-                    splits = std::min<int64_t>(chunks, groups_ >= kManyGroups ? 1 : kTasks);
-      std::vector<double> sums(2 * splits * total, 0.0);
-      const int64_t grain = ceil_div(kTaskElements, ceil_div(n * v.features, splits));
-      parallel_for(0, groups_ * splits, grain, [&](int64_t begin, int64_t end) {
-        Buffer<A> tile(tile_elements(s)), first_column(n * k_.lanes);
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t g = task / splits, split = task % splits;
-          std::vector<A> ref(n, A(0));
-          if (centers_rows()) {
-            k_.pack(v, g, 0, 1, TileTransform<A>{}, first_column.get(), k_.lanes, k_.lanes, n);
-            for (int64_t r = 0; r < n; ++r) ref[r] = first_column.get()[r * k_.lanes];
-          }
-          if (split == 0) std::copy(ref.begin(), ref.end(), ref_[s].begin() + g * n);
-          double* sum = sums.data() + 2 * task * n;
-          for (int64_t c = chunks * split / splits; c < chunks * (split + 1) / splits; ++c) {
-            const int64_t first = c * chunk_[s], count = std::min(chunk_[s], v.features - first);
-            k_.pack(v, g, first, count, TileTransform<A>{}, tile.get(), ld_[s], round_up(count, k_.lanes), n);
-            k_.row_sums(tile.get(), ld_[s], count, n, ref.data(), centers_rows() ? sum : nullptr,
-                        norms ? sum + n : nullptr);
-          }
-        }
-      });
-      for (int64_t i = 0; i < total; ++i) {
-        const int64_t g = i / n, r = i % n;
-        double sum = 0, sum_sq = 0;
-        for (int64_t split = 0; split < splits; ++split) {
-          sum += sums[2 * (g * splits + split) * n + r];
-          sum_sq += sums[(2 * (g * splits + split) + 1) * n + r];
-        }
-        const double mean = sum / static_cast<double>(v.features);
-        mean_[s][i] = static_cast<A>(mean);
-        total_mean_[s][i] = mean + ref_[s][i];
-        if (norms) scale_[s][i] = sum_sq > 0 ? static_cast<A>(1 / std::sqrt(sum_sq)) : A(0);
-      }
-    }
-  }
+  bool norms() const { return flags_.cosine && !flags_.feature_side; }
 
   const GramKernels<A>& k_;
   GramFlags flags_;
@@ -322,8 +362,7 @@ class GramProblem {
   int64_t groups_;
   std::unique_ptr<OwnedView> views_[2], gradient_views_[2];
   int64_t rows_[2], padded_[2], chunk_[2], ld_[2], offset_[3] = {}, elements_;
-  std::vector<A> scale_[2], ref_[2], mean_[2];
-  std::vector<double> total_mean_[2];
+  std::shared_ptr<RowMeasures<A>> measures_;
 };
 
 }  // namespace kd

@@ -1,7 +1,8 @@
-// Op patch_gram on the CPU: the gram op on the patches of resized maps, a block of groups at a time.
+// Op patch_gram on the CPU: the gram op on the patches of resized maps, a block of groups at a time, and
+// where few groups are large, a block of their features at a time.
 //
-// A block's patch matrices [groups, N, D] live in a workspace of a few MB; the resized map itself never
-// exists. Formulas: kdfast/reference/patch_gram.py; the resize and its adjoint: patches.simd.cpp.
+// A block's patch matrices [groups, N, features] live in a workspace of about 1 MB; the resized map itself
+// never exists. Formulas: kdfast/reference/patch_gram.py; the resize and its adjoint: patches.simd.cpp.
 
 #include "cpu/patch_gram.h"
 
@@ -9,211 +10,74 @@
 
 #include <algorithm>
 #include <cmath>
-#include <mutex>
 #include <vector>
 
 #include "common/check.h"
 #include "common/gradient.h"
-#include "common/isa.h"
 #include "common/parallel.h"
+#include "cpu/gram_blocks.h"
 #include "cpu/gram_ops.h"
-#include "cpu/gram_views.h"
-#include "cpu/patches.h"
+#include "cpu/patched_map.h"
 
 namespace kd {
-
-KD_DECLARE_ISA(extern const PatchKernels<float> patches_float;
-               extern const PatchKernels<double> patches_double;)
-
 namespace {
 
 using torch::stable::Tensor;
 
-enum class Average : int { channel, batch, spatial };
-
-constexpr int64_t kBlockBytes = 1 << 20;       // wanted for the patch matrices of a block, per side
-constexpr int64_t kMostBlockBytes = 16 << 20;  // taken where kBlockGroups groups need it
-constexpr int64_t kWorkspaceBytes = 16 << 20;  // of all threads that work on blocks of their own
-constexpr int64_t kBlockGroups = 8;            // enough for one task per group in the gram op
-constexpr int64_t kPlanes =
-    16;  // channels that a task works on together where they are neighbours in a map or a matrix
-
-int64_t padded(int64_t n) { return (n + kLinePadding - 1) / kLinePadding * kLinePadding; }
-
-template <class A>
-const PatchKernels<A>& patch_kernels() {
-  if constexpr (std::is_same_v<A, float>) {
-    return KD_DISPATCH_ISA(patches_float);
-  } else {
-    return KD_DISPATCH_ISA(patches_double);
-  }
-}
-
-// The map of one axis from `in` to `out` pixels, and its adjoint.
-template <class A>
-class Taps {
- public:
-  // bilinear: torch's interpolate with align_corners=False; else pixel o is pixel o, or 0 past the end.
-  Taps(int64_t in, int64_t out, bool bilinear, bool adjoint) {
-    std::vector<std::vector<Tap>> of_output(adjoint ? in : out);
-    const auto add = [&](int64_t o, int64_t i, double weight) {
-      if (weight == 0) return;
-      auto& taps = of_output[adjoint ? i : o];
-      const int32_t index = static_cast<int32_t>(adjoint ? o : i);
-      if (!taps.empty() && taps.back().index == index) {
-        taps.back().weight += weight;
-      } else {
-        taps.push_back({index, weight});
-      }
-    };
-    for (int64_t o = 0; o < out; ++o) {
-      if (bilinear && in != out) {
-        const double scale = static_cast<double>(in) / static_cast<double>(out);
-        const double at = std::max(0.0, scale * (static_cast<double>(o) + 0.5) - 0.5);
-        const int64_t i = std::min(static_cast<int64_t>(at), in - 1), next = std::min(i + 1, in - 1);
-        add(o, i, 1 - (at - static_cast<double>(i)));
-        add(o, next, at - static_cast<double>(i));
-      } else if (o < in) {
-        add(o, o, 1);
-      }
-    }
-    fill(adjoint ? out : in, of_output);
-  }
-
-  AxisTaps<A> get() const {
-    return {in_, out_, padded(out_), count_, index_.data(), weight_.data(), first_.data(), windows_};
-  }
-
- private:
-  struct Tap {
-    int32_t index;
-    double weight;
-  };
-
-  void fill(int64_t in, const std::vector<std::vector<Tap>>& of_output) {
-    in_ = in, out_ = static_cast<int64_t>(of_output.size()), count_ = 1;
-    for (const auto& taps : of_output) count_ = std::max(count_, static_cast<int64_t>(taps.size()));
-    const int64_t ld = padded(out_);
-    index_.assign(count_ * ld, 0), weight_.assign(count_ * ld, A(0)),
-        first_.assign(count_ * ld / kTapLanes, 0);
-    windows_ = 1;
-    for (int64_t k = 0; k < count_; ++k) {
-      for (int64_t begin = 0; begin < ld; begin += kTapLanes) {
-        const int64_t end = std::min(begin + kTapLanes, out_);
-        const auto used = [&](int64_t o) { return o < end && k < static_cast<int64_t>(of_output[o].size()); };
-        int32_t lowest = INT32_MAX, highest = 0;
-        for (int64_t o = begin; o < end; ++o) {
-          if (!used(o)) continue;
-          lowest = std::min(lowest, of_output[o][k].index),
-          highest = std::max(highest, of_output[o][k].index);
-        }
-        lowest = std::min(lowest, highest);
-        first_[(k * ld + begin) / kTapLanes] = lowest;
-        const int64_t windows = (highest - lowest) / kTapLanes + 1;
-        windows_ = windows > 2 || windows_ == 0 ? 0 : std::max(windows_, static_cast<int>(windows));
-        for (int64_t o = begin; o < begin + kTapLanes; ++o) {
-          index_[k * ld + o] = used(o) ? of_output[o][k].index : lowest;
-          weight_[k * ld + o] = used(o) ? static_cast<A>(of_output[o][k].weight) : A(0);
-        }
-      }
-    }
-  }
-
-  int windows_;
-  int64_t in_, out_, count_;
-  std::vector<int32_t> index_, first_;
-  std::vector<A> weight_;
-};
-
-struct Grid {
-  int64_t patch_h, patch_w, rows, columns;  // patches of patch_h x patch_w pixels
-  bool bilinear;
-  Average average;
-  int64_t patches() const { return rows * columns; }
-  int64_t pixels() const { return patch_h * patch_w; }
-};
-
-// One map [B, C, H, W] as groups of patch matrices [N, D].
-template <class A>
-class PatchedMap {
- public:
-  PatchedMap(const Tensor& map, const Grid& grid)
-      : map_(map),
-        grid_(grid),
-        images_(map.size(0)),
-        channels_(map.size(1)),
-        rows_(map.size(2), grid.rows * grid.patch_h, grid.bilinear, false),
-        columns_(map.size(3), grid.columns * grid.patch_w, grid.bilinear, false),
-        rows_adjoint_(map.size(2), grid.rows * grid.patch_h, grid.bilinear, true),
-        columns_adjoint_(map.size(3), grid.columns * grid.patch_w, grid.bilinear, true) {}
-
-  int64_t groups() const { return pick(channels_, images_, grid_.pixels()); }
-  int64_t features() const { return images_ * channels_ * grid_.pixels() / std::max<int64_t>(groups(), 1); }
-  int64_t group_elements() const { return grid_.patches() * features(); }
-
-  // Groups [begin, end) into or out of `tiles` [end - begin, N, D]; spatial groups come in whole rows of
-  // pixels.
-  void read(int64_t begin, int64_t end, A* tiles) const {
-    for_planes(map_, begin, end,
-               [&](const MapPlanes& planes, const PatchTile& t, int64_t offset, A* scratch) {
-                 patch_kernels<A>().read(planes, rows_.get(), columns_.get(), t, tiles + offset, scratch);
-               });
-  }
-  void write(Tensor& gradient, int64_t begin, int64_t end, const A* tiles) const {
-    const bool add = grid_.average == Average::spatial;
-    for_planes(gradient, begin, end,
-               [&](const MapPlanes& planes, const PatchTile& t, int64_t offset, A* scratch) {
-                 patch_kernels<A>().write(planes, rows_adjoint_.get(), columns_adjoint_.get(), t,
-                                          tiles + offset, add, scratch);
-               });
-  }
-
- private:
-  int64_t pick(int64_t channel, int64_t batch, int64_t spatial) const {
-    return grid_.average == Average::channel ? channel : grid_.average == Average::batch ? batch : spatial;
-  }
-
-  template <class F>
-  void for_planes(const Tensor& map, int64_t begin, int64_t end, const F& f) const {
-    const bool spatial = grid_.average == Average::spatial;
-    const int64_t d = features(), group = group_elements(), pixels = grid_.pixels();
-    const int64_t first_image = pick(0, begin, 0), images = pick(images_, end - begin, images_);
-    const int64_t first_channel = pick(begin, 0, 0), channels = pick(end - begin, channels_, channels_);
-    const int64_t image_stride = pick(pixels, group, channels_), channel_stride = pick(group, pixels, 1);
-    PatchTile tile{channel_stride, grid_.columns * d, d, grid_.patch_w, 1,
-                   grid_.patch_h,  grid_.patch_w,     0, grid_.patch_h};
-    if (spatial) {
-      tile.u = grid_.patch_w * group, tile.v = group;
-      tile.first_u = begin / grid_.patch_w, tile.last_u = end / grid_.patch_w;
-    }
-    const int64_t together = map.stride(1) == 1 || spatial ? kPlanes : 1,
-                  tasks = (channels + together - 1) / together;
-    const int64_t width = padded(std::max(map.size(3), grid_.columns * grid_.patch_w)) + 2 * kTapLanes;
-    const int64_t lines = std::max(rows_.get().count, rows_adjoint_.get().count) + 2;  // patch_scratch()
-    const int64_t scratch_elements = together * lines * width;
-    const int64_t itemsize = gram_dtype(map) == Dtype::f64 ? 8 : gram_dtype(map) == Dtype::f32 ? 4 : 2;
-    char* data = static_cast<char*>(const_cast<void*>(map.const_data_ptr()));
-    parallel_for(0, images * tasks, 1, [&](int64_t task_begin, int64_t task_end) {
-      std::vector<A> scratch(scratch_elements);
-      for (int64_t task = task_begin; task < task_end; ++task) {
-        const int64_t b = task / tasks, c = task % tasks * together;
-        const int64_t at = (first_image + b) * map.stride(0) + (first_channel + c) * map.stride(1);
-        const MapPlanes planes{data + at * itemsize, gram_dtype(map), std::min(together, channels - c),
-                               map.stride(1),        map.stride(2),   map.stride(3)};
-        f(planes, tile, b * image_stride + c * channel_stride, scratch.data());
-      }
-    });
-  }
-
-  const Tensor& map_;
-  Grid grid_;
-  int64_t images_, channels_;
-  Taps<A> rows_, columns_, rows_adjoint_, columns_adjoint_;
-};
+// Wanted for the patch matrices of a block, per side: a share of a resized map within bounds.
+constexpr int64_t kBlockBytes = 1 << 20, kLeastBlockBytes = 1 << 15, kBlockShare = 32;
+// Enough for one task per group in the gram op: taken where they need up to twice that.
+constexpr int64_t kBlockGroups = 8;
+// Share of a resized map for the workspaces of threads that work on blocks of their own.
+constexpr int64_t kWorkspaceShare = 2, kWorkspaceShareUnresized = 8;
 
 struct Flags {
   int64_t compare;
   bool centered, cosine, inter, feature_side, transposed;
+};
+
+struct Sizes {
+  int64_t groups, parts;  // of a block of groups; blocks of its features
+};
+
+template <class A>
+class Blocks;
+
+// Memory of one thread for the patch matrices of some groups; a source of GramBlocks.
+template <class A>
+class Window {
+ public:
+  Window(const Blocks<A>& blocks, Tensor* grad_x = nullptr, Tensor* grad_y = nullptr)
+      : blocks_(blocks), to_{grad_x, grad_y} {}
+
+  void set_groups(int64_t first, int64_t count) { first_ = first, count_ = count; }
+  int64_t first() const { return first_; }
+  int64_t groups() const { return count_; }
+  int64_t blocks() const { return blocks_.sizes().parts; }
+
+  Tensor view(int64_t k, int s) { return blocks_.view(tiles_[s], part(k, s), s); }
+  Tensor gradient(int64_t k, int s) { return blocks_.view(gradients_[s], part(k, s), s); }
+  Tensor load(int64_t k, int s) {
+    const Tensor v = view(k, s);
+    blocks_.side(s).read(part(k, s), tiles_[s].data());
+    return v;
+  }
+  void store(int64_t k) {
+    for (int s : {0, 1}) {
+      if (to_[s]) store(k, s, gradients_[s].data());
+    }
+  }
+  void store(int64_t k, int s, const A* gradient) const {
+    blocks_.side(s).write(*to_[s], part(k, s), gradient);
+  }
+
+ private:
+  Part part(int64_t k, int s) const { return blocks_.part(first_, count_, k, s); }
+
+  const Blocks<A>& blocks_;
+  Tensor* to_[2];
+  int64_t first_ = 0, count_ = 0;
+  std::vector<A> tiles_[2], gradients_[2];
 };
 
 template <class A>
@@ -223,54 +87,77 @@ class Blocks {
       : like_(x), grid_(grid), flags_(flags), x_(x, grid), y_(y, grid) {
     KD_CHECK(x_.groups() == y_.groups(), "patch_gram: x and y have ", x_.groups(), " and ", y_.groups(),
              " groups");
-    const int64_t bytes =
-        std::max<int64_t>(1, std::max(x_.group_elements(), y_.group_elements()) * sizeof(A));
-    int64_t groups = std::max<int64_t>(1, kBlockBytes / bytes);
-    if (groups < kBlockGroups && kBlockGroups * bytes <= kMostBlockBytes) groups = kBlockGroups;
+    const int64_t groups = std::max<int64_t>(1, x_.groups()), total = total_bytes();
+    const int64_t bytes = std::max<int64_t>(1, total / groups);
+    const bool resized = x_.resized() || y_.resized();
+    const int64_t wanted = std::clamp(total / kBlockShare, kLeastBlockBytes, kBlockBytes) >> !resized;
     const int64_t unit = grid.average == Average::spatial ? grid.patch_w : 1;
-    block_ = std::clamp((groups + unit - 1) / unit * unit, unit, std::max(unit, x_.groups()));
+    int64_t count = std::max<int64_t>(1, wanted / bytes);
+    if (count < kBlockGroups && kBlockGroups * bytes <= 2 * wanted) count = kBlockGroups;
+    sizes_.groups = std::clamp(round_up(count, unit), unit, std::max(unit, groups));
+    // The other side of a problem has patches as features, which no block of a map holds.
+    const bool whole = flags.feature_side || flags.transposed;
+    const int64_t units = std::max<int64_t>(1, std::min(x_.units(), y_.units()));
+    sizes_.parts = whole ? 1 : std::clamp<int64_t>(sizes_.groups * bytes / wanted, 1, units);
   }
 
   int64_t groups() const { return x_.groups(); }
+  // Elements of the Grams of a group as the gram op saves them.
+  int64_t saved_size() const {
+    const Part all{0, 1, 0, x_.units()}, all_y{0, 1, 0, y_.units()};
+    int64_t n = grid_.patches() + flags_.inter, dx = x_.features(all), dy = y_.features(all_y);
+    if (flags_.transposed) n = dx + flags_.inter, dx = dy = grid_.patches();
+    return flags_.feature_side ? dx * (dx + 1) / 2 + dy * (dy + 1) / 2 + dx * dy
+                               : n * (n + 1) + flags_.inter * n * n;
+  }
+  const Sizes& sizes() const { return sizes_; }
   const PatchedMap<A>& side(int s) const { return s ? y_ : x_; }
+  // Equal shares of the features, of whole groups of channels where they are many.
+  Part part(int64_t first, int64_t count, int64_t k, int s) const {
+    const int64_t units = side(s).units(), step = units % (kPlanes * sizes_.parts) ? 1 : kPlanes;
+    const int64_t begin = units / step * k / sizes_.parts * step;
+    return {first, count, begin, units / step * (k + 1) / sizes_.parts * step - begin};
+  }
 
-  // f(first group, groups, views of both sides' patch matrices for the gram op), on several threads at once
-  // where that keeps the workspaces small: then a thread never waits for another, and the parallel loops
-  // inside run on it alone.
+  // f(window) for every block of groups, on several threads at once where that keeps the windows small: then
+  // a thread never waits for another, and the parallel loops inside run on it alone.
   template <class F>
-  void run(const F& f) const {
-    const int64_t blocks = (groups() + block_ - 1) / block_, threads = num_threads();
-    const int64_t workspace = 3 * block_ * side(0).group_elements() * static_cast<int64_t>(sizeof(A));
-    const bool apart =
-        grid_.average != Average::spatial && blocks >= 2 * threads && threads * workspace <= kWorkspaceBytes;
+  void run(const F& f, Tensor* grad_x = nullptr, Tensor* grad_y = nullptr) const {
+    const int64_t blocks = ceil_div(groups(), sizes_.groups), threads = num_threads();
+    const int64_t window = (2 + (grad_x != nullptr) + (grad_y != nullptr)) * total_bytes() /
+                           std::max<int64_t>(1, blocks * sizes_.parts);
+    const int64_t share = x_.resized() || y_.resized() ? kWorkspaceShare : kWorkspaceShareUnresized;
+    const bool apart = grid_.average != Average::spatial && blocks >= 2 * threads &&
+                       threads * window <= total_bytes() / share;
     const auto run_blocks = [&](int64_t first, int64_t last) {
-      std::vector<A> tiles[2];
-      for (int s : {0, 1}) tiles[s].resize(block_ * side(s).group_elements());
+      Window<A> mine(*this, grad_x, grad_y);
       for (int64_t b = first; b < last; ++b) {
-        const int64_t begin = b * block_, end = std::min(begin + block_, groups());
-        for (int s : {0, 1}) side(s).read(begin, end, tiles[s].data());
-        f(begin, end - begin, view(tiles[0].data(), end - begin, 0), view(tiles[1].data(), end - begin, 1));
+        mine.set_groups(b * sizes_.groups, std::min(sizes_.groups, groups() - b * sizes_.groups));
+        f(mine);
       }
     };
     apart ? parallel_for(0, blocks, 1, run_blocks) : run_blocks(0, blocks);
   }
 
- private:
-  Tensor view(A* data, int64_t groups, int s) const {
-    const int64_t n = grid_.patches(), d = side(s).features();
+  Tensor view(std::vector<A>& data, const Part& part, int s) const {
+    const int64_t groups = part.groups, n = grid_.patches(), d = side(s).features(part);
+    if (static_cast<int64_t>(data.size()) < groups * n * d) data.resize(groups * n * d);
     const std::vector<int64_t> sizes = flags_.transposed ? std::vector<int64_t>{groups, d, 1, 1, 1, n}
                                                          : std::vector<int64_t>{groups, n, 1, 1, 1, d};
     const std::vector<int64_t> strides = flags_.transposed ? std::vector<int64_t>{n * d, 1, 1, 1, 1, d}
                                                            : std::vector<int64_t>{n * d, d, 1, 1, 1, 1};
-    return torch::stable::from_blob(data, sizes, strides, like_.device(),
+    return torch::stable::from_blob(data.data(), sizes, strides, like_.device(),
                                     std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
   }
+
+ private:
+  int64_t total_bytes() const { return std::max(x_.total(), y_.total()) * static_cast<int64_t>(sizeof(A)); }
 
   const Tensor& like_;
   Grid grid_;
   Flags flags_;
   PatchedMap<A> x_, y_;
-  int64_t block_;
+  Sizes sizes_;
 };
 
 template <class A>
@@ -284,8 +171,8 @@ A* data_of(const Tensor& t) {
   return static_cast<A*>(const_cast<void*>(t.const_data_ptr()));
 }
 
-// Copies columns [first, first + count) of a dense [rows, all] matrix into or out of a dense [rows, count]
-// one.
+// Copies columns [first, first + count) of a dense [rows, columns] matrix into or out of a dense [rows,
+// count] one.
 template <class A>
 void copy_columns(A* all, int64_t rows, int64_t columns, int64_t first, int64_t count, A* part, bool out) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -300,19 +187,26 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
   const Blocks<A> blocks(x, y, grid, flags);
   const int64_t groups = blocks.groups(), terms = flags.inter ? 2 : 1;
   Tensor products = new_empty<A>(x, {terms, 3, groups}), distance = new_empty<A>(x, {terms, groups});
-  Tensor saved = new_empty<A>(x, {0});
-  std::once_flag allocated;
-  blocks.run([&](int64_t first, int64_t count, const Tensor& tx, const Tensor& ty) {
-    const auto [p, d, s] =
-        gram_cpu(tx, ty, flags.compare, flags.centered, flags.cosine, flags.inter, flags.feature_side, save);
+  Tensor saved = new_empty<A>(x, {save ? groups : 0, save ? blocks.saved_size() : 0});
+  blocks.run([&](Window<A>& w) {
+    const int64_t first = w.first(), count = w.groups();
+    A* keep = save ? data_of<A>(saved) + first * saved.size(1) : nullptr;
+    Tensor p, d;
+    if (w.blocks() == 1) {
+      Tensor s;
+      std::tie(p, d, s) = gram_cpu(w.load(0, 0), w.load(0, 1), flags.compare, flags.centered, flags.cosine,
+                                   flags.inter, flags.feature_side, save);
+      if (save) std::copy(data_of<A>(s), data_of<A>(s) + s.numel(), keep);
+    } else {
+      p = new_empty<A>(x, {terms, 3, count}), d = new_empty<A>(x, {terms, count});
+      const GramFlags f = gram_flags(w.view(0, 0), w.view(0, 1), flags.compare, flags.centered, flags.cosine,
+                                     flags.inter, false);
+      GramBlocks<A, Window<A>>(f, w).forward(data_of<A>(p), data_of<A>(d), keep, saved.size(1));
+    }
     copy_columns(data_of<A>(products), 3 * terms, groups, first, count, data_of<A>(p), true);
     copy_columns(data_of<A>(distance), terms, groups, first, count, data_of<A>(d), true);
-    if (!save) return;
-    const int64_t per_group = s.size(1);
-    std::call_once(allocated, [&] { saved = new_empty<A>(x, {groups, per_group}); });
-    std::copy(data_of<A>(s), data_of<A>(s) + count * per_group, data_of<A>(saved) + first * per_group);
   });
-  return {products, distance, saved};
+  return {products, distance, save ? saved : new_empty<A>(x, {0})};
 }
 
 template <class A>
@@ -321,19 +215,30 @@ void backward(const Tensor& grad_products, const Tensor& grad_distance, const Te
   const Blocks<A> blocks(x, y, grid, flags);
   const int64_t groups = blocks.groups();
   const Tensor gp = torch::stable::contiguous(grad_products), gd = torch::stable::contiguous(grad_distance);
-  const int64_t terms = gd.size(0), per_group = saved.numel() ? saved.size(1) : 0;
-  blocks.run([&](int64_t first, int64_t count, const Tensor& tx, const Tensor& ty) {
+  const int64_t terms = gd.size(0);
+  // Saved Grams know all of a side that gets no gradient, unless a cross product multiplies it.
+  const bool all = !saved.numel() || flags.inter || flags.feature_side;
+  const auto one = [&](Window<A>& w) {
+    const int64_t first = w.first(), count = w.groups();
     const Tensor p = new_empty<A>(x, {terms, 3, count}), d = new_empty<A>(x, {terms, count});
     copy_columns(data_of<A>(gp), 3 * terms, groups, first, count, data_of<A>(p), false);
     copy_columns(data_of<A>(gd), terms, groups, first, count, data_of<A>(d), false);
     Tensor kept = saved;
-    if (per_group) kept = torch::stable::narrow(kept, 0, first, count);
-    const auto gradients =
-        gram_backward_cpu(p, d, tx, ty, kept, flags.compare, flags.centered, flags.cosine, flags.inter,
-                          flags.feature_side, grad_x != nullptr, grad_y != nullptr);
-    if (grad_x) blocks.side(0).write(*grad_x, first, first + count, data_of<A>(std::get<0>(gradients)));
-    if (grad_y) blocks.side(1).write(*grad_y, first, first + count, data_of<A>(std::get<1>(gradients)));
-  });
+    if (saved.numel()) kept = torch::stable::narrow(kept, 0, first, count);
+    if (w.blocks() > 1) {
+      const GramFlags f = gram_flags(w.view(0, 0), w.view(0, 1), flags.compare, flags.centered, flags.cosine,
+                                     flags.inter, false);
+      GramBlocks<A, Window<A>>(f, w).backward(p, d, kept, grad_x != nullptr, grad_y != nullptr);
+      return;
+    }
+    const auto gradients = gram_backward_cpu(p, d, all || grad_x ? w.load(0, 0) : w.view(0, 0),
+                                             all || grad_y ? w.load(0, 1) : w.view(0, 1), kept, flags.compare,
+                                             flags.centered, flags.cosine, flags.inter, flags.feature_side,
+                                             grad_x != nullptr, grad_y != nullptr);
+    if (grad_x) w.store(0, 0, data_of<A>(std::get<0>(gradients)));
+    if (grad_y) w.store(0, 1, data_of<A>(std::get<1>(gradients)));
+  };
+  blocks.run(one, grad_x, grad_y);
 }
 
 bool is_wide(const Tensor& x, const Tensor& y) {
@@ -375,7 +280,7 @@ std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, 
                                                    bool need_y) {
   const Grid grid = grid_of(x, y, patch_h, patch_w, rows, columns, bilinear, average);
   const Flags flags{compare, centered, cosine, inter, feature_side, transposed};
-  const bool wide = is_wide(x, y), adds = grid.average == Average::spatial;
+  const bool wide = is_wide(x, y), spatial = grid.average == Average::spatial;
   Tensor gradients[2], sums[2];
   for (int s : {0, 1}) {
     const Tensor& v = s ? y : x;
@@ -383,11 +288,12 @@ std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, 
     gradients[s] = new_gradient(v, needed);
     if (!needed) continue;
     const ScalarType sum_type = wide ? ScalarType::Double : ScalarType::Float;
-    // Spatial groups add to shared source rows: in the accumulation type.
-    const bool apart = adds && v.scalar_type() != sum_type;
+    // Spatial groups add to rows of the map that they share: in the accumulation type.
+    const bool resized = v.size(2) != rows * patch_h || v.size(3) != columns * patch_w;
+    const bool apart = spatial && resized && v.scalar_type() != sum_type;
     sums[s] = apart ? torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2), v.size(3)}, sum_type)
                     : gradients[s];
-    if (adds) torch::stable::zero_(sums[s]);
+    if (spatial) torch::stable::zero_(sums[s]);
   }
   Tensor *to_x = need_x ? &sums[0] : nullptr, *to_y = need_y ? &sums[1] : nullptr;
   if (wide) {

@@ -233,6 +233,7 @@ void write(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& colum
   const int64_t ld_in = columns.in + kSlack, ld = columns.padded;
   A *kept = scratch, *out = kept + rows.count * m.planes * ld, *in = out + m.planes * ld;
   for (int64_t c = 0; c < m.planes * ld_in; ++c) in[c] = 0;
+  const bool shared = t.first_u > 0 || t.last_u < t.patch_h;  // with other tiles, whose rows stay
   int64_t done = -1;
   const auto line = [&](int64_t row) -> const A* {
     const int64_t i = row / t.patch_h, u = row % t.patch_h;
@@ -247,7 +248,7 @@ void write(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& colum
   };
   for (int64_t h = 0; h < rows.out; ++h) {
     const bool found = mix_rows(rows, h, m.planes, ld, line, out);
-    if (add && !found) continue;
+    if (!found && shared) continue;
     dispatch(m.dtype, [&](auto zero) { store_rows<decltype(zero)>(m, h, columns.out, out, ld, add); });
   }
 }

@@ -130,11 +130,13 @@ def gram(
     centered: bool = True,
     cosine: bool = False,
     inter: bool = False,
+    most_saved: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Products [T, 3, G] and distances [T, G] of the Grams of two views [G, R1, R2, F1, F2, F3].
 
     Differentiable in both views. See :func:`kdfast.reference.gram.gram` for the arguments and results; the cheaper
-    side (N x N Grams or D x D products) is chosen here.
+    side (N x N Grams or D x D products) is chosen here. Backward computes Grams again that take more than
+    ``most_saved`` elements (None: more than a share of the views and than a few MB).
     """
     n, dx, dy = _rows(x), _features(x), _features(y)
     swap = (
@@ -152,7 +154,9 @@ def gram(
         products, distance = reference.gram(x, y, *flags)
     else:
         matrices = (saved_size if chosen == "cpu" else workspace_size)(x, y, inter, feature_side)
-        small = x.shape[0] * matrices <= SAVED_ELEMENTS or matrices <= SAVED_SHARE * n * (dx + dy)
+        if most_saved is None:
+            most_saved = max(SAVED_ELEMENTS, int(SAVED_SHARE * x.shape[0] * n * (dx + dy)))
+        small = x.shape[0] * matrices <= most_saved
         products, distance = _Gram.apply(x, y, flags, small and not cosine, chosen == "triton")
     return (products.flip(0), distance.flip(0)) if swap else (products, distance)
 

@@ -21,12 +21,14 @@ from ..reference.gram import gram as reference_gram
 from ..reference.patch_gram import AVERAGES, Grid
 from . import _second
 from ._define import define, new_gradients, reference_gradients
-from .gram import SAVED_ELEMENTS, gram, saved_size, workspace_size
 from .gram import _feature_side_is_cheaper as feature_side_is_cheaper
+from .gram import gram, saved_size, workspace_size
 
-# Saved Grams may take this share of the maps when they are resized: the forward then holds less than a resized copy.
-SAVED_SHARE_RESIZED = 0.6
-SAVED_SHARE = 0.05  # where they are not: beside it come the blocks of a few groups
+# Saved Grams may take this share of a resized map, or of both maps where neither is resized, in bytes. With the blocks
+# of a few groups beside them, a call then stays below one resized copy, or 10 % of the maps.
+SAVED_SHARE_RESIZED = 0.55
+SAVED_SHARE = 0.07
+SAVED_SHARE_SPATIAL = 0.04  # where a block is a row of pixels: 1 / patch_h of the groups
 GPU_BLOCK_BYTES = 128 << 20
 
 SPATIAL = AVERAGES.index("spatial")
@@ -83,7 +85,7 @@ def _blocks(x: Tensor, y: Tensor, grid: Grid) -> Iterator[slice]:
     axis = 0 if grid.average == BATCH else 1
     count = x.shape[axis]
     if grid.average == SPATIAL:
-        yield slice(0, count)
+        yield slice(None)  # of each side, whose channels may differ
         return
     pixels = grid.size[0] * grid.size[1]
     size = max(v.shape[0] * v.shape[1] for v in (x, y)) * pixels * accumulator(x, y).itemsize
@@ -251,11 +253,25 @@ def patch_gram(
     """
     chosen = backend.choose("patch_gram", x.device.type, ("triton",))
     resized = not (grid.fits(x) and grid.fits(y))
+    if resized:
+        pixels = grid.size[0] * grid.size[1]
+        most_saved = int(SAVED_SHARE_RESIZED * pixels * min(v.shape[0] * v.shape[1] for v in (x, y)))
+    else:
+        nbytes = x.numel() * x.element_size() + y.numel() * y.element_size()
+        share = SAVED_SHARE_SPATIAL if grid.average == SPATIAL else SAVED_SHARE
+        most_saved = int(share * nbytes / accumulator(x, y).itemsize)
     # Whole patches need no copy where the kernels read along their rows.
     along_rows = x.stride(3) == 1 and y.stride(3) == 1 and grid.average != SPATIAL
     if not resized and (chosen == "triton" or (chosen == "cpu" and along_rows)):
         views = (reference.view(v, grid, transposed) for v in (x, y))
-        return gram(*views, compare=compare, centered=centered, cosine=cosine, inter=inter)
+        return gram(
+            *views,
+            compare=compare,
+            centered=centered,
+            cosine=cosine,
+            inter=inter,
+            most_saved=None if chosen == "triton" else most_saved,
+        )
     _, n, dx = grid.matrices(x)
     swap = inter and (n < dx if transposed else n > dx)  # as in gram: the other problem has the smaller Grams
     transposed = transposed != swap
@@ -267,7 +283,6 @@ def patch_gram(
         products, distance = reference.patch_gram(x, y, grid, *flags)
     else:
         matrices = (workspace_size if chosen == "triton" else saved_size)(mx, my, inter, feature_side)
-        share = SAVED_SHARE_RESIZED if resized else SAVED_SHARE
-        small = groups * matrices <= SAVED_ELEMENTS or matrices <= share * n * (dx + dy)
+        small = groups * matrices <= most_saved
         products, distance = _PatchGram.apply(x, y, grid, flags, small and not cosine, chosen == "triton")
     return (products.flip(0), distance.flip(0)) if swap else (products, distance)

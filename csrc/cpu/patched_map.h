@@ -1,0 +1,215 @@
+#pragma once
+
+// A map as groups of patch matrices, resized on the way: tables of the resize and its adjoint, threads. The
+// arithmetic is in patches.simd.cpp. For patch_gram.cpp only (not for *.simd.cpp: it uses std).
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "cpu/gram_views.h"
+#include "cpu/patches.h"
+
+namespace kd {
+
+KD_DECLARE_ISA(extern const PatchKernels<float> patches_float;
+               extern const PatchKernels<double> patches_double;)
+
+enum class Average : int { channel, batch, spatial };
+
+constexpr int64_t kPlanes =
+    16;  // channels that a task works on together where they are neighbours in a map or a matrix
+
+inline int64_t padded(int64_t n) { return (n + kLinePadding - 1) / kLinePadding * kLinePadding; }
+
+template <class A>
+const PatchKernels<A>& patch_kernels() {
+  if constexpr (std::is_same_v<A, float>) {
+    return KD_DISPATCH_ISA(patches_float);
+  } else {
+    return KD_DISPATCH_ISA(patches_double);
+  }
+}
+
+// The map of one axis from `in` to `out` pixels, and its adjoint.
+template <class A>
+class Taps {
+ public:
+  // bilinear: torch's interpolate with align_corners=False; else pixel o is pixel o, or 0 past the end.
+  Taps(int64_t in, int64_t out, bool bilinear, bool adjoint) {
+    std::vector<std::vector<Tap>> of_output(adjoint ? in : out);
+    const auto add = [&](int64_t o, int64_t i, double weight) {
+      if (weight == 0) return;
+      auto& taps = of_output[adjoint ? i : o];
+      const int32_t index = static_cast<int32_t>(adjoint ? o : i);
+      if (!taps.empty() && taps.back().index == index) {
+        taps.back().weight += weight;
+      } else {
+        taps.push_back({index, weight});
+      }
+    };
+    for (int64_t o = 0; o < out; ++o) {
+      if (bilinear && in != out) {
+        const double scale = static_cast<double>(in) / static_cast<double>(out);
+        const double at = std::max(0.0, scale * (static_cast<double>(o) + 0.5) - 0.5);
+        const int64_t i = std::min(static_cast<int64_t>(at), in - 1), next = std::min(i + 1, in - 1);
+        add(o, i, 1 - (at - static_cast<double>(i)));
+        add(o, next, at - static_cast<double>(i));
+      } else if (o < in) {
+        add(o, o, 1);
+      }
+    }
+    fill(adjoint ? out : in, of_output);
+  }
+
+  AxisTaps<A> get() const {
+    return {in_, out_, padded(out_), count_, index_.data(), weight_.data(), first_.data(), windows_};
+  }
+
+ private:
+  struct Tap {
+    int32_t index;
+    double weight;
+  };
+
+  void fill(int64_t in, const std::vector<std::vector<Tap>>& of_output) {
+    in_ = in, out_ = static_cast<int64_t>(of_output.size()), count_ = 1;
+    for (const auto& taps : of_output) count_ = std::max(count_, static_cast<int64_t>(taps.size()));
+    const int64_t ld = padded(out_);
+    index_.assign(count_ * ld, 0), weight_.assign(count_ * ld, A(0)),
+        first_.assign(count_ * ld / kTapLanes, 0);
+    windows_ = 1;
+    for (int64_t k = 0; k < count_; ++k) {
+      for (int64_t begin = 0; begin < ld; begin += kTapLanes) {
+        const int64_t end = std::min(begin + kTapLanes, out_);
+        const auto used = [&](int64_t o) { return o < end && k < static_cast<int64_t>(of_output[o].size()); };
+        int32_t lowest = INT32_MAX, highest = 0;
+        for (int64_t o = begin; o < end; ++o) {
+          if (!used(o)) continue;
+          lowest = std::min(lowest, of_output[o][k].index),
+          highest = std::max(highest, of_output[o][k].index);
+        }
+        lowest = std::min(lowest, highest);
+        first_[(k * ld + begin) / kTapLanes] = lowest;
+        const int64_t windows = (highest - lowest) / kTapLanes + 1;
+        windows_ = windows > 2 || windows_ == 0 ? 0 : std::max(windows_, static_cast<int>(windows));
+        for (int64_t o = begin; o < begin + kTapLanes; ++o) {
+          index_[k * ld + o] = used(o) ? of_output[o][k].index : lowest;
+          weight_[k * ld + o] = used(o) ? static_cast<A>(of_output[o][k].weight) : A(0);
+        }
+      }
+    }
+  }
+
+  int windows_;
+  int64_t in_, out_, count_;
+  std::vector<int32_t> index_, first_;
+  std::vector<A> weight_;
+};
+
+// Some groups and some of their features, in units of what the features run over: images (channel) or
+// channels.
+struct Part {
+  int64_t first_group, groups, first_unit, units;
+};
+
+struct Grid {
+  int64_t patch_h, patch_w, rows, columns;  // patches of patch_h x patch_w pixels
+  bool bilinear;
+  Average average;
+  int64_t patches() const { return rows * columns; }
+  int64_t pixels() const { return patch_h * patch_w; }
+};
+
+// One map [B, C, H, W] as groups of patch matrices [N, D].
+template <class A>
+class PatchedMap {
+ public:
+  PatchedMap(const torch::stable::Tensor& map, const Grid& grid)
+      : map_(map),
+        grid_(grid),
+        images_(map.size(0)),
+        channels_(map.size(1)),
+        rows_(map.size(2), grid.rows * grid.patch_h, grid.bilinear, false),
+        columns_(map.size(3), grid.columns * grid.patch_w, grid.bilinear, false),
+        rows_adjoint_(map.size(2), grid.rows * grid.patch_h, grid.bilinear, true),
+        columns_adjoint_(map.size(3), grid.columns * grid.patch_w, grid.bilinear, true) {}
+
+  int64_t groups() const { return pick(channels_, images_, grid_.pixels()); }
+  int64_t features() const { return images_ * channels_ * grid_.pixels() / std::max<int64_t>(groups(), 1); }
+  int64_t units() const { return pick(images_, channels_, channels_); }
+  int64_t features(const Part& part) const {
+    return part.units * pick(grid_.pixels(), grid_.pixels(), images_);
+  }
+  int64_t elements(const Part& part) const { return part.groups * grid_.patches() * features(part); }
+  int64_t total() const { return groups() * grid_.patches() * features(); }
+  bool resized() const {
+    return map_.size(2) != grid_.rows * grid_.patch_h || map_.size(3) != grid_.columns * grid_.patch_w;
+  }
+
+  // A part into or out of `tiles` [groups, N, features]; spatial groups come in whole rows of pixels.
+  void read(const Part& part, A* tiles) const {
+    for_planes(map_, part, [&](const MapPlanes& planes, const PatchTile& t, int64_t offset, A* scratch) {
+      patch_kernels<A>().read(planes, rows_.get(), columns_.get(), t, tiles + offset, scratch);
+    });
+  }
+  // Where blocks share rows of the map, adds to what is there.
+  bool adds() const { return grid_.average == Average::spatial && resized(); }
+  void write(torch::stable::Tensor& gradient, const Part& part, const A* tiles) const {
+    const bool add = adds();
+    for_planes(gradient, part, [&](const MapPlanes& planes, const PatchTile& t, int64_t offset, A* scratch) {
+      patch_kernels<A>().write(planes, rows_adjoint_.get(), columns_adjoint_.get(), t, tiles + offset, add,
+                               scratch);
+    });
+  }
+
+ private:
+  int64_t pick(int64_t channel, int64_t batch, int64_t spatial) const {
+    return grid_.average == Average::channel ? channel : grid_.average == Average::batch ? batch : spatial;
+  }
+
+  template <class F>
+  void for_planes(const torch::stable::Tensor& map, const Part& part, const F& f) const {
+    const bool spatial = grid_.average == Average::spatial;
+    const int64_t d = features(part), group = grid_.patches() * d, pixels = grid_.pixels();
+    const int64_t begin = part.first_group, end = begin + part.groups, unit = part.first_unit,
+                  units = part.units;
+    const int64_t first_image = pick(unit, begin, 0), images = pick(units, part.groups, images_);
+    const int64_t first_channel = pick(begin, unit, unit), channels = pick(part.groups, units, units);
+    const int64_t image_stride = pick(pixels, group, channels), channel_stride = pick(group, pixels, 1);
+    PatchTile tile{channel_stride, grid_.columns * d, d, grid_.patch_w, 1,
+                   grid_.patch_h,  grid_.patch_w,     0, grid_.patch_h};
+    if (spatial) {
+      tile.u = grid_.patch_w * group, tile.v = group;
+      tile.first_u = begin / grid_.patch_w, tile.last_u = end / grid_.patch_w;
+    }
+    const int64_t together = map.stride(1) == 1 || spatial ? kPlanes : 1,
+                  tasks = (channels + together - 1) / together;
+    const int64_t width = padded(std::max(map.size(3), grid_.columns * grid_.patch_w)) + 2 * kTapLanes;
+    const int64_t lines = std::max(rows_.get().count, rows_adjoint_.get().count) + 2;  // patch_scratch()
+    const int64_t scratch_elements = together * lines * width;
+    const int64_t itemsize = gram_dtype(map) == Dtype::f64 ? 8 : gram_dtype(map) == Dtype::f32 ? 4 : 2;
+    char* data = static_cast<char*>(const_cast<void*>(map.const_data_ptr()));
+    parallel_for(0, images * tasks, 1, [&](int64_t task_begin, int64_t task_end) {
+      std::vector<A> scratch(scratch_elements);
+      for (int64_t task = task_begin; task < task_end; ++task) {
+        const int64_t b = task / tasks, c = task % tasks * together;
+        const int64_t at = (first_image + b) * map.stride(0) + (first_channel + c) * map.stride(1);
+        const MapPlanes planes{data + at * itemsize, gram_dtype(map), std::min(together, channels - c),
+                               map.stride(1),        map.stride(2),   map.stride(3)};
+        f(planes, tile, b * image_stride + c * channel_stride, scratch.data());
+      }
+    });
+  }
+
+  const torch::stable::Tensor& map_;
+  Grid grid_;
+  int64_t images_, channels_;
+  Taps<A> rows_, columns_, rows_adjoint_, columns_adjoint_;
+};
+
+}  // namespace kd
