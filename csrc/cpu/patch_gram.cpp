@@ -25,7 +25,8 @@ namespace {
 using torch::stable::Tensor;
 
 // Wanted for the patch matrices of a block, per side: a share of a resized map within bounds.
-constexpr int64_t kBlockBytes = 1 << 20, kLeastBlockBytes = 1 << 15, kBlockShare = 32;
+constexpr int64_t kBlockBytes = 1 << 20, kLeastBlockBytes = 1 << 17, kBlockShare = 16;
+constexpr int64_t kPartBytes = 4 << 20, kPartShare = 8;  // the same where features are cut
 // Enough for one task per group in the gram op: taken where they need up to twice that.
 constexpr int64_t kBlockGroups = 8;
 // Share of a resized map for the workspaces of threads that work on blocks of their own.
@@ -97,8 +98,10 @@ class Blocks {
     sizes_.groups = std::clamp(round_up(count, unit), unit, std::max(unit, groups));
     // The other side of a problem has patches as features, which no block of a map holds.
     const bool whole = flags.feature_side || flags.transposed;
+    // Threads meet several times in every block of features: no more of them than memory asks for.
+    const int64_t part = resized ? std::max(wanted, std::min(total / kPartShare, kPartBytes)) : wanted;
     const int64_t units = std::max<int64_t>(1, std::min(x_.units(), y_.units()));
-    sizes_.parts = whole ? 1 : std::clamp<int64_t>(sizes_.groups * bytes / wanted, 1, units);
+    sizes_.parts = whole ? 1 : std::clamp<int64_t>(sizes_.groups * bytes / part, 1, units);
   }
 
   int64_t groups() const { return x_.groups(); }
