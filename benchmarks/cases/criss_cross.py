@@ -39,6 +39,7 @@ def _case(
         made = []
         for channels, scale in ((d, d**-0.25), (d, d**-0.25), (e, 1.0), (e, 1.0)):  # scores of size 1
             x = scale * torch.randn(b, channels, h, w, device=device, generator=generator)
+            x = x.abs() if channels == e else x  # a sum of one sign, so that its error is that of its terms
             layout = torch.channels_last if channels_last else torch.contiguous_format
             made.append(x.to(dtype).contiguous(memory_format=layout))
         return made
