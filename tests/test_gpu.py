@@ -5,6 +5,8 @@ What only a GPU can show. On the CPU the same scenarios run through the C++ back
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from scenarios import SCENARIOS, Scenario, step
@@ -50,6 +52,16 @@ def run(name: str, scenario: Scenario, inputs: list[torch.Tensor]) -> list[torch
             pytest.skip(str(error))
 
 
+@contextmanager
+def side_stream():
+    """Work on a stream of its own, in order with what comes before and after."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def check(found: list, same_dtype: list, truth: list, floor: float) -> None:
     for f, s, t in zip(found, same_dtype, truth, strict=True):
         size = max(float(t.abs().max()), 1e-3 if t.dim() == 0 else 0.0)
@@ -90,14 +102,11 @@ def test_side_stream(scenario, name):
     scenario = SCENARIOS[scenario]
     inputs = scenario.inputs("cuda")
     expected = run(name, scenario, inputs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with side_stream():
         torch.cuda._sleep(20_000_000)
         # Ready only after the sleep: a launch on another stream would read them too early.
         late = [(v.detach() + 0).requires_grad_(v.requires_grad) for v in inputs]
         found = run(name, scenario, late)
-    torch.cuda.current_stream().wait_stream(stream)
     for f, e in zip(found, expected, strict=True):
         assert torch.equal(f, e)
 
@@ -108,11 +117,8 @@ def test_graph_capture(scenario, name):
     scenario = SCENARIOS[scenario]
     inputs, others = scenario.inputs("cuda"), scenario.inputs("cuda", seed=7)
     expected = run(name, scenario, others)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with side_stream():
         run(name, scenario, inputs)  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with use_backend(name), torch.cuda.graph(graph):
         found = step(scenario.loss, inputs)

@@ -155,9 +155,8 @@ class DirectionNormLoss(_ClassMeansLoss):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
         )
-        return (
-            loss if self.weight == 1 else self.weight * loss
-        )  # a product costs more than the op's arithmetic
+        # At small sizes a product costs more than the op's arithmetic.
+        return loss if self.weight == 1 else self.weight * loss
 
 
 class DirectionLoss(_ClassMeansLoss):
