@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._zeros import tile, vector
+
 
 class Map(NamedTuple):
     """A map [B, C, H, W] in place; ``flat``: its pixels lie along one stride."""
@@ -64,7 +66,7 @@ def _block(blocks, c: tl.constexpr):
 @triton.jit
 def _pool(m, spatial, parts, image, slot, pixels, count, channels, c: tl.constexpr, SIGNED: tl.constexpr):
     """spatial [pixels] and parts [C] of one block, of |x| or of x."""
-    total = tl.zeros([c.pixels], c.acc)
+    total = vector(c.pixels, c.acc)
     for start in range(0, channels, c.channels):
         index = start + tl.arange(0, c.channels)
         x = _load(m, image, index, pixels, (index < channels)[:, None] & (pixels < count)[None, :], c)
@@ -180,7 +182,7 @@ def errors(
     image = image.to(tl.int64)
     inside = pixels < count
     weight = tl.load(spatial_mask + image * count + pixels, inside, other=0.0).to(c.acc)
-    total = tl.zeros([c.pixels], c.acc)
+    total = vector(c.pixels, c.acc)
     for start in range(0, channels, c.channels):
         index = start + tl.arange(0, c.channels)
         ok = (index < channels)[:, None] & inside[None, :]
@@ -259,7 +261,7 @@ def gradient(
     at_pixel, at_channel = image * count + pixels, image * channels + index
     pixel_size, channel_size = batch.to(tl.int64) * count, batch.to(tl.int64) * channels
     value = _load(x, image, index, pixels, ok, c)
-    result = tl.zeros([c.channels, c.pixels], c.acc)
+    result = tile(c.channels, c.pixels, c.acc)
     signs = (value > 0).to(c.acc) - (value < 0).to(c.acc)
     if MAPS > 0 or MASKED:
         scale = tl.load(grad_loss).to(c.acc)

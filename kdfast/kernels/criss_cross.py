@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..reference._common import accumulator
 from ._launch import on_device, options, precision
+from ._zeros import tile, vector
 
 
 class Map(NamedTuple):
@@ -67,7 +68,7 @@ def _load(m, image, line, positions, channels, n, count, c: tl.constexpr):
 @triton.jit
 def _products(own, other, image, line, positions, cells, n, count, c: tl.constexpr):
     """<own, other> [positions, cells] over ``count`` channels."""
-    total = tl.zeros([c.own, c.other], c.acc)
+    total = tile(c.own, c.other, c.acc)
     for start in range(0, count, c.inner):
         channels = start + tl.arange(0, c.inner)
         a = _load(own, image, line, positions, channels, n, count, c)
@@ -105,9 +106,9 @@ def forward_lines(q, k, v, out, row_lse, lse, lines, n, d, e, c: tl.constexpr):
     """out and lse of a block of positions; grid (B * lines * blocks, blocks of channels)."""
     image, line, positions, first = _program(lines, n, c)
     channels = first + tl.arange(0, c.channels)
-    most = tl.full([c.own], float("-inf"), c.acc)
-    total = tl.zeros([c.own], c.acc)
-    acc = tl.zeros([c.own, c.channels], c.acc)
+    most = vector(c.own, c.acc) - float("inf")
+    total = vector(c.own, c.acc)
+    acc = tile(c.own, c.channels, c.acc)
     for start in range(0, n, c.other):
         cells = start + tl.arange(0, c.other)
         scores = _products(q, k, image, line, positions, cells, n, d, c)
@@ -141,7 +142,7 @@ def forward_lines(q, k, v, out, row_lse, lse, lines, n, d, e, c: tl.constexpr):
 def deltas(grad, out, delta, lines, n, e, c: tl.constexpr):
     """delta = <out, grad> over the channels of every position; grid (B * lines * blocks, 1)."""
     image, line, positions, first = _program(lines, n, c)
-    total = tl.zeros([c.own], c.acc)
+    total = vector(c.own, c.acc)
     for start in range(0, e, c.inner):
         channels = start + tl.arange(0, c.inner)
         a = _load(grad, image, line, positions, channels, n, e, c)
@@ -154,7 +155,7 @@ def value_lines(grad, q, k, lse, to, lines, n, d, e, c: tl.constexpr):
     """The gradient of a block of values; grid (B * lines * blocks, blocks of channels)."""
     image, line, positions, first = _program(lines, n, c)
     channels = first + tl.arange(0, c.channels)
-    acc = tl.zeros([c.own, c.channels], c.acc)
+    acc = tile(c.own, c.channels, c.acc)
     for start in range(0, n, c.other):
         cells = start + tl.arange(0, c.other)
         scores = _products(k, q, image, line, positions, cells, n, d, c)
@@ -176,7 +177,7 @@ def score_lines(
     """
     image, line, positions, first = _program(lines, n, c)
     channels = first + tl.arange(0, c.channels)
-    acc = tl.zeros([c.own, c.channels], c.acc)
+    acc = tile(c.own, c.channels, c.acc)
     own_at, own_ok = _statistics(line, positions, image, lines, n, c), positions < n
     if not KEY:
         log_sum = tl.load(lse + own_at, own_ok, other=0.0)[:, None]

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ._zeros import tile, vector
+
 
 class Config(NamedTuple):
     """Compile-time side of a launch."""
@@ -95,8 +97,8 @@ def _whole_gram(view, out, g, n, d, split, splits, c: tl.constexpr):
     rows0, rows1 = tl.arange(0, c.rows0), c.rows0 + tl.arange(0, second)
     ok0, ok1 = rows0 < n, rows1 < n
     base, at0, at1 = view.data + g * view.group, _row_offsets(view, rows0), _row_offsets(view, rows1)
-    k00 = tl.zeros([c.rows0, c.rows0], c.acc)
-    k10 = tl.zeros([second, c.rows0], c.acc)
+    k00 = tile(c.rows0, c.rows0, c.acc)
+    k10 = tile(second, c.rows0, c.acc)
     k11 = tl.zeros([second, second], c.acc)
     start, end = _share(d, c.columns, split, splits)
     for column in range(start, end, c.columns):
@@ -148,10 +150,10 @@ def _apply_whole(view, out, small, g, n, d, split, splits, c: tl.constexpr):
         x0, x1 = _all_rows(base, at0, at1, ok0, ok1, _col_offsets(view, cols, c), cols < d, n, c)
         x0, x1 = x0.to(c.acc), x1.to(c.acc)
         to_col = _col_offsets(out, cols, c)
-        z0 = _dot(g00, x0, tl.zeros([c.rows0, c.columns], c.acc), c)
+        z0 = _dot(g00, x0, tile(c.rows0, c.columns, c.acc), c)
         if c.rows1 > 0:
             z0 = _dot(g01, x1, z0, c)
-            z1 = _dot(g10, x0, tl.zeros([second, c.columns], c.acc), c)
+            z1 = _dot(g10, x0, tile(second, c.columns, c.acc), c)
             z1 = _dot(g11, x1, z1, c)
             _store(to, to1, to_col, ok1, cols < d, z1)
         _store(to, to0, to_col, ok0, cols < d, z0)
@@ -177,7 +179,7 @@ def _means_of(view, out, g, n, d, block, part, parts, c: tl.constexpr):
     cols = block * c.columns + tl.arange(0, c.columns)
     base, at, ok = view.data + g * view.group, _col_offsets(view, cols, c), cols < d
     first = tl.load(base + at, ok, other=0.0).to(c.acc)[None, :]
-    total = tl.zeros([c.columns], c.acc)
+    total = vector(c.columns, c.acc)
     start, end = _share(n, c.rows0, part, parts)
     for row in range(start, end, c.rows0):
         rows = row + tl.arange(0, c.rows0)
@@ -222,7 +224,7 @@ def _pair_product(a, b, mean_a, mean_b, out, g, na, nb, d, i, j, split, splits, 
     rows, cols = i * c.rows0 + tl.arange(0, c.rows0), j * c.rows0 + tl.arange(0, c.rows0)
     base_a, base_b = a.data + g * a.group, b.data + g * b.group
     at_a, at_b = _row_offsets(a, rows), _row_offsets(b, cols)
-    acc = tl.zeros([c.rows0, c.rows0], c.acc)
+    acc = tile(c.rows0, c.rows0, c.acc)
     start, end = _share(d, c.columns, split, splits)
     for column in range(start, end, c.columns):
         f = column + tl.arange(0, c.columns)
@@ -321,7 +323,7 @@ def pair_apply(
     small += (g * 2 + side) * size_x
     by_column: tl.constexpr = 1 if c.center > 0 else 0
     by_row: tl.constexpr = 2 if c.center > 0 else 0
-    acc = tl.zeros([c.rows0, c.columns], c.acc)
+    acc = tile(c.rows0, c.columns, c.acc)
     if side == 0:
         if c.gram:
             acc = _add_product(acc, small, nx, 1, 1.0, x, mean_x, g, nx, nx, dx, rows, cols, by_column, c)
