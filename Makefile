@@ -7,6 +7,7 @@ OUT ?= gpu-report
 MINUTES ?= 5
 BENCH ?= --quick
 TORCH ?= torch==2.13.0
+OLDEST_TRITON ?= triton==3.6.0
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc -type f)
 CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
@@ -37,8 +38,14 @@ lint: env
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
+# The Triton of the oldest torch, beside the newest one that the environment has.
+$(VENV)/triton-oldest: $(VENV)/.installed
+	rm -rf $@
+	$(PIP) --no-deps --target $@ $(OLDEST_TRITON)
+
 # The interpreter is chosen when Triton is imported, so its tests run in a process of their own.
-test: build lint
+test: build lint $(VENV)/triton-oldest
+	$(TEST_ENV) PYTHONPATH=$(VENV)/triton-oldest $(PY) -m pytest -q -n 2 -m aot -k "90]"
 	$(TEST_ENV) TRITON_INTERPRET=1 $(PY) -m pytest -q -n 2 -m interpret
 	$(TEST_ENV) $(PY) -m pytest -q -n 2 -m "not interpret"
 

@@ -193,4 +193,4 @@ def test_compiles_within_the_machine(case, capability):
     for launch in launches:
         found = aot.resources(launch, capability)
         assert found.shared <= aot.SHARED_LIMIT[capability], f"{launch}: {found}"
-        assert found.local == 0, f"{launch}: registers spill: {found}"
+        assert found.spilled == 0, f"{launch}: registers spill: {found}"

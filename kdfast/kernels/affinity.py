@@ -79,9 +79,11 @@ def sweep(
             pair = query[:, None] + key[None, :]
             counts = (at[None, :] < rank[:, None]) & real[None, :]
             if OUT:
-                values = tl.dot(tl.where(counts, pair, 0.0).to(ACC), v, values, input_precision=PRECISION)
+                values = tl.dot(
+                    tl.where(counts, pair, 0.0).to(ACC), v, values, input_precision=PRECISION, out_dtype=ACC
+                )
             if DOTS:
-                sums = tl.dot(counts.to(ACC), v, sums, input_precision=PRECISION)
+                sums = tl.dot(counts.to(ACC), v, sums, input_precision=PRECISION, out_dtype=ACC)
         g = tl.load(before_ptr + col, in_row, other=0.0)
         mask = ok[:, None] & in_row[None, :]
         if OUT:

@@ -26,6 +26,8 @@ from . import gram_compare, gram_products
 from ._launch import View, on_device, options, precision, view
 from .gram_products import Config
 
+# Triton 3.6, torch 2.11's: on Blackwell, for a loop that holds several products.
+PIPELINER_FAILS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 CKA, CKA_ROW, UNBIASED, ROW_COSINE, MEAN, DIFFERENCE = range(6)
 PROGRAMS, MAX_SPLITS, MIN_STEPS = 512, 64, 4
 # Rows that one program holds, by what multiplies them: TF32, float32 (its registers end there), float64
@@ -216,9 +218,14 @@ class _Call:
         config = self._config(r0, r1, columns, 1, self.vx, self.vy)
         args = (self.vx, self.vy, parts, parts.stride(1), n, dx, dy, splits, groups, config)
         gram_products.whole_grams[(splits * 2 * groups,)](
-            *args, **options(warps, 2 if ieee else 3, keep=not ieee)
+            *args, **options(warps, self._stages(ieee), keep=not ieee or self.dtype == torch.float64)
         )
         return self._summed(parts, 2 * n * n, into)
+
+    def _stages(self, ieee: bool) -> int:
+        if PIPELINER_FAILS and self.x.is_cuda and torch.cuda.get_device_capability(self.x.device)[0] >= 10:
+            return 1
+        return 2 if ieee else 3
 
     def _pair_tile(self, rows: int) -> int:
         return 16 if rows <= 16 else 32 if rows <= 32 or self.dtype == torch.float64 else 64
