@@ -25,10 +25,12 @@ SHARED_LIMIT = {
     90: 227 * 1024,
     100: 227 * 1024,
 }  # bytes that one block can have, by compute capability
+GRID_LIMIT = (2**31 - 1, 65535, 65535)  # programs along each axis
 
 
 class Launch(NamedTuple):
     kernel: JITFunction
+    grid: tuple[int, ...]
     args: tuple
     options: dict[str, Any]
 
@@ -48,7 +50,7 @@ def launches(call: Callable[[], object]) -> list[Launch]:
     found: list[Launch] = []
 
     def run(kernel, *args, grid, warmup, **options):
-        found.append(Launch(kernel, args, options))
+        found.append(Launch(kernel, grid, args, options))
 
     with mock.patch.object(JITFunction, "run", run):
         call()

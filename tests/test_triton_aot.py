@@ -160,6 +160,7 @@ CASES = {
         "highest",
         _augment((2, 64, 50, 84), f16, [("cutout", 0.2), ("channel_drop", 0.3)]),
     ),
+    "augment-many-planes": ("highest", _augment((1024, 256, 4, 4), f16, [("shear_y", 0.2)])),
     "augment-f64": (
         "highest",
         _augment((2, 64, 13, 21), f64, [("cutout", 0.2), ("rotate", 20.0), ("noise", 0.1)]),
@@ -191,6 +192,7 @@ def test_compiles_within_the_machine(case, capability):
         torch.set_float32_matmul_precision(before)
     assert launches
     for launch in launches:
+        assert all(n <= limit for n, limit in zip(launch.grid, aot.GRID_LIMIT, strict=False)), launch.grid
         found = aot.resources(launch, capability)
         assert found.shared <= aot.SHARED_LIMIT[capability], f"{launch}: {found}"
         assert found.spilled == 0, f"{launch}: registers spill: {found}"

@@ -130,10 +130,10 @@ def forward(
     WARPS: tl.constexpr, B_NOISE: tl.constexpr, B_CUT: tl.constexpr, B_LAST: tl.constexpr,
     A_NOISE: tl.constexpr, A_CUT: tl.constexpr, A_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    plane = tl.program_id(1).to(tl.int64)
+    plane = tl.program_id(0).to(tl.int64)
     image, channel = plane // channels, plane % channels
     source = tl.load(source_ptr + channel).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = pixel < height * width
     i, j = pixel // width, pixel % width
     shown = source + pixel * 0 >= 0
@@ -189,10 +189,10 @@ def backward(
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``n``: the inverse of the matrix; a window starts ``reach`` before the point that the inverse map leads to."""
-    plane = tl.program_id(1).to(tl.int64)
+    plane = tl.program_id(0).to(tl.int64)
     image, channel = plane // channels, plane % channels
     result = tl.load(shown_ptr + channel).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     shown = result + pixel * 0 >= 0
     ok = pixel < height * width
     i, j = pixel // width, pixel % width
@@ -228,6 +228,10 @@ def backward(
     tl.store(to_ptr + i.to(tl.int64) * to_h + j.to(tl.int64) * to_w, value, ok)
 
 
+def _grid(pixels: int, planes: int) -> tuple[int, int]:
+    return planes, triton.cdiv(pixels, BLOCK)  # the second axis ends at 65,535
+
+
 def _acc(x: Tensor) -> tl.dtype:
     return tl.float64 if accumulator(x) == torch.float64 else tl.float32
 
@@ -238,7 +242,7 @@ def feature_augment(x: Tensor, steps: Tensor, channels: Tensor) -> Tensor:
     out = torch.empty_like(x)
     if not out.numel():
         return out
-    grid = (triton.cdiv(height * width, BLOCK), batch * count)
+    grid = _grid(height * width, batch * count)
     parts = _parts(steps, channels)
     with on_device(x):
         for n, part in enumerate(parts):
@@ -262,7 +266,7 @@ def feature_augment_backward(grad: Tensor, steps: Tensor, channels: Tensor) -> T
     found = torch.empty_like(grad)
     if not found.numel():
         return found
-    grid = (triton.cdiv(height * width, BLOCK), batch * count)
+    grid = _grid(height * width, batch * count)
     parts = _parts(steps, channels)[::-1]
     with on_device(grad):
         for n, part in enumerate(parts):
