@@ -73,11 +73,11 @@ def _squared(relation: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *inputs: _wide(relation(*inputs)).square().mean()
 
 
-def _augmented(x: Tensor, teacher: Tensor) -> Tensor:
-    steps = plan(
-        x.shape, [("noise", 0.1, 1), ("rotate", 20.0, 2), ("cutout", 0.3, 3), ("channel_drop", 0.3, 4)]
-    )
-    return (_wide(feature_augment(x, steps)) - _wide(teacher)).square().mean()
+def _augmented(*chain: tuple[str, float, int]) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(x: Tensor, teacher: Tensor) -> Tensor:
+        return (_wide(feature_augment(x, plan(x.shape, chain))) - _wide(teacher)).square().mean()
+
+    return loss
 
 
 _MAP, _ODD_MAP = (2, 24, 32, 48), (2, 24, 13, 21)
@@ -120,7 +120,16 @@ SCENARIOS: dict[str, Scenario] = {
         3,
         op="criss_cross",
     ),
-    "augment": Scenario(_augmented, [_ODD_MAP] * 2, op="feature_augment"),
+    "augment": Scenario(
+        _augmented(("noise", 0.1, 1), ("rotate", 20.0, 2), ("cutout", 0.3, 3)),
+        [_ODD_MAP] * 2,
+        op="feature_augment",
+    ),
+    "augment-channels": Scenario(
+        _augmented(("channel_shuffle", 0.0, 2), ("channel_drop", 0.3, 4)),
+        [_ODD_MAP] * 2,
+        op="feature_augment",
+    ),
 }
 
 

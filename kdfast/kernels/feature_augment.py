@@ -39,7 +39,17 @@ class Part(NamedTuple):
     before: Side
     matrix: tuple[float, ...] | None
     after: Side
-    channels: Tensor  # int32 [4, C]: channel read, whether it is, and channels that index the noise before and after
+    channels: Tensor | None  # int32 [C]: the channel that each one reads, -1 for none; None: its own
+
+
+# Every draw has other numbers: a kernel for each that is 1 or a multiple of 16 would be compiled during training.
+KEYS = [f"{side}_{word}" for side in "ba" for word in ("low", "high")]
+BOXES = [f"{side}_{edge}" for side in "ba" for edge in ("top", "left", "bottom", "right")]
+
+
+def _signed(word: float) -> int:
+    """The bits of 32-bit key ``word`` as an int32, so that all keys have one type."""
+    return int(word) - (int(word) >> 31 << 32)
 
 
 def _parts(steps: Tensor, channels: Tensor) -> list[Part]:
@@ -58,7 +68,7 @@ def _parts(steps: Tensor, channels: Tensor) -> list[Part]:
 
 def _part(steps: list[tuple], channels: Tensor) -> Part:
     count = channels.shape[1]
-    source = torch.arange(count, dtype=torch.int32)
+    source = None
     sides, matrix = [Side(), Side()], None
     has_warp = any(kind == WARP for kind, *_ in steps)
     place = 0 if has_warp else 1
@@ -70,10 +80,11 @@ def _part(steps: list[tuple], channels: Tensor) -> Part:
         elif kind == NOISE:
             last = sides[place].cut
             sides[place] = sides[place]._replace(
-                deviation=n[0], low=int(n[1]), high=int(n[2]), noise=True, noise_last=last
+                deviation=n[0], low=_signed(n[1]), high=_signed(n[2]), noise=True, noise_last=last
             )
         else:
             row = channels[int(n[0])]
+            source = torch.arange(count, dtype=torch.int32) if source is None else source
             source = torch.where(row >= 0, source[row.clamp_min(0).long()], -1)
     return Part(sides[0], matrix, sides[1], source)
 
@@ -121,18 +132,18 @@ def _pixel(
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=KEYS + BOXES)
 def forward(
     x_ptr, x_b, x_c, x_h, x_w, out_ptr, out_b, out_c, out_h, out_w, source_ptr, channels, height, width,
     m0, m1, m2, m3, m4, m5,
     b_deviation, b_low, b_high, b_top, b_left, b_bottom, b_right,
     a_deviation, a_low, a_high, a_top, a_left, a_bottom, a_right,
-    WARPS: tl.constexpr, B_NOISE: tl.constexpr, B_CUT: tl.constexpr, B_LAST: tl.constexpr,
+    MOVES: tl.constexpr, WARPS: tl.constexpr, B_NOISE: tl.constexpr, B_CUT: tl.constexpr, B_LAST: tl.constexpr,
     A_NOISE: tl.constexpr, A_CUT: tl.constexpr, A_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     plane = tl.program_id(0).to(tl.int64)
     image, channel = plane // channels, plane % channels
-    source = tl.load(source_ptr + channel).to(tl.int64)
+    source = tl.load(source_ptr + channel).to(tl.int64) if MOVES else channel
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = pixel < height * width
     i, j = pixel // width, pixel % width
@@ -180,18 +191,18 @@ def forward(
     tl.store(out_ptr + i.to(tl.int64) * out_h + j.to(tl.int64) * out_w, value, ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BOXES)
 def backward(
     g_ptr, g_b, g_c, g_h, g_w, to_ptr, to_b, to_c, to_h, to_w, shown_ptr, channels, height, width,
     m0, m1, m2, m3, m4, m5, n0, n1, n3, n4, reach_x, reach_y,
     b_top, b_left, b_bottom, b_right, a_top, a_left, a_bottom, a_right,
-    WARPS: tl.constexpr, B_CUT: tl.constexpr, A_CUT: tl.constexpr, WINDOW: tl.constexpr,
+    MOVES: tl.constexpr, WARPS: tl.constexpr, B_CUT: tl.constexpr, A_CUT: tl.constexpr, WINDOW: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``n``: the inverse of the matrix; a window starts ``reach`` before the point that the inverse map leads to."""
     plane = tl.program_id(0).to(tl.int64)
     image, channel = plane // channels, plane % channels
-    result = tl.load(shown_ptr + channel).to(tl.int64)
+    result = tl.load(shown_ptr + channel).to(tl.int64) if MOVES else channel
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     shown = result + pixel * 0 >= 0
     ok = pixel < height * width
@@ -232,6 +243,27 @@ def _grid(pixels: int, planes: int) -> tuple[int, int]:
     return planes, triton.cdiv(pixels, BLOCK)  # the second axis ends at 65,535
 
 
+def _readers(channels: Tensor | None) -> Tensor | None:
+    """Which channel of the result reads each one, -1 for none."""
+    if channels is None:
+        return None
+    shown, read = torch.full_like(channels, -1), channels >= 0
+    shown[channels[read].long()] = torch.arange(len(channels), dtype=torch.int32)[read]
+    return shown
+
+
+def _on_device(channels: Tensor | None, x: Tensor) -> Tensor:
+    if channels is None:
+        return x  # not read
+    if not x.is_cuda:
+        return channels.to(x.device)
+    if torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "feature_augment: channels that are dropped or shuffled are drawn on the host, a CUDA graph would not draw again"
+        )
+    return channels.pin_memory().to(x.device, non_blocking=True)
+
+
 def _acc(x: Tensor) -> tl.dtype:
     return tl.float64 if accumulator(x) == torch.float64 else tl.float32
 
@@ -251,9 +283,10 @@ def feature_augment(x: Tensor, steps: Tensor, channels: Tensor) -> Tensor:
             matrix = part.matrix or (0.0,) * 6
             b, a = part.before, part.after
             forward[grid](
-                x, *x.stride(), to, *to.stride(), part.channels.to(x.device, non_blocking=True), count, height, width, *matrix,
+                x, *x.stride(), to, *to.stride(), _on_device(part.channels, x), count, height, width, *matrix,
                 b.deviation, b.low, b.high, *b.box, a.deviation, a.low, a.high, *a.box,
-                part.matrix is not None, b.noise, b.cut, b.noise_last, a.noise, a.cut, a.noise_last, _acc(to), BLOCK,
+                part.channels is not None, part.matrix is not None,
+                b.noise, b.cut, b.noise_last, a.noise, a.cut, a.noise_last, _acc(to), BLOCK,
                 **options(4),
             )  # fmt: skip
             x = to
@@ -274,13 +307,10 @@ def feature_augment_backward(grad: Tensor, steps: Tensor, channels: Tensor) -> T
             matrix, inverse, reach, window = part.matrix or (0.0,) * 6, (0.0,) * 4, (0.0, 0.0), 1
             if part.matrix is not None:
                 inverse, reach, window = _window(part.matrix)
-            shown = torch.full((count,), -1, dtype=torch.int32)
-            read = part.channels >= 0
-            shown[part.channels[read].long()] = torch.arange(count, dtype=torch.int32)[read]
-            shown = shown.to(grad.device, non_blocking=True)
             backward[grid](
-                grad, *grad.stride(), to, *to.stride(), shown, count, height, width, *matrix, *inverse,
-                *reach, *part.before.box, *part.after.box, part.matrix is not None, part.before.cut, part.after.cut,
+                grad, *grad.stride(), to, *to.stride(), _on_device(_readers(part.channels), grad), count, height, width,
+                *matrix, *inverse, *reach, *part.before.box, *part.after.box,
+                part.channels is not None, part.matrix is not None, part.before.cut, part.after.cut,
                 window, _acc(to), BLOCK, **options(4),
             )  # fmt: skip
             grad = to
