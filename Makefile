@@ -5,6 +5,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 OUT ?= gpu-report
 MINUTES ?= 5
+# Test processes on the GPU: compiling kernels is most of what they do.
+SHARDS ?= 8
 BENCH ?= --quick
 TORCH ?= torch==2.13.0
 OLDEST_TRITON ?= triton==3.6.0
@@ -58,8 +60,10 @@ bench: build
 # For a machine with a GPU, its own torch, and perhaps no network or limited time: installs nothing, and writes a handful of
 # files into OUT. Benchmarks stop after MINUTES; the next call goes on with the cases that benchmarks/results lacks.
 gpu-check: gpu-build
-	status=0; \
-	$(PYTHON) -m pytest -m gpu tests > "$(OUT)/tests.log" 2>&1 || status=$$?; tail -n 40 "$(OUT)/tests.log"; \
+	status=0; parts="$$(seq $(SHARDS))"; \
+	for i in $$parts; do timeout 300 $(PYTHON) -m pytest -q -m gpu --shard $$i/$(SHARDS) tests > "$(OUT)/part$$i.log" 2>&1 & done; \
+	for job in $$(jobs -p); do wait $$job || status=$$?; done; \
+	for i in $$parts; do tail -n 20 "$(OUT)/part$$i.log"; cat "$(OUT)/part$$i.log" >> "$(OUT)/tests.log"; rm "$(OUT)/part$$i.log"; done; \
 	$(PYTHON) -m benchmarks --device cuda --resume --minutes $(MINUTES) $(BENCH) > "$(OUT)/benchmarks.log" 2>&1 || status=$$?; \
 	tail -n 40 "$(OUT)/benchmarks.log"; tar -czf "$(OUT)/results.tar.gz" benchmarks/results; exit $$status
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 
 import pytest
 import torch
@@ -13,12 +14,25 @@ from kdfast import backend
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="1/1", metavar="I/N", help="run the I-th of N parts of the tests")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = map(int, config.getoption("--shard").split("/"))
+    # Tests of one scenario stay together: they launch the same kernels, which the first of them compiles.
+    items[:] = [item for item in items if zlib.crc32(_group(item).encode()) % parts == part % parts]
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if "interpret" in item.keywords and not backend.interpreting():
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
+
+
+def _group(item: pytest.Item) -> str:
+    call = getattr(item, "callspec", None)
+    return str(call.params["scenario"]) if call and "scenario" in call.params else item.nodeid
 
 
 @pytest.fixture(autouse=True)
