@@ -31,12 +31,14 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("criss_cross_backward", TORCH_BOX(&kd::criss_cross_backward_cpu));
   m.impl("direction", TORCH_BOX(&kd::direction_cpu));
   m.impl("direction_backward", TORCH_BOX(&kd::direction_backward_cpu));
+  m.impl("direction_with_gradient", TORCH_BOX(&kd::direction_with_gradient_cpu));
   m.impl("feature_augment", TORCH_BOX(&kd::feature_augment_cpu));
   m.impl("feature_augment_backward", TORCH_BOX(&kd::feature_augment_backward_cpu));
   m.impl("gram", TORCH_BOX(&kd::gram_cpu));
   m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cpu));
   m.impl("logits", TORCH_BOX(&kd::logits_cpu));
   m.impl("logits_backward", TORCH_BOX(&kd::logits_backward_cpu));
+  m.impl("logits_with_gradient", TORCH_BOX(&kd::logits_with_gradient_cpu));
   m.impl("patch_gram", TORCH_BOX(&kd::patch_gram_cpu));
   m.impl("patch_gram_backward", TORCH_BOX(&kd::patch_gram_backward_cpu));
 }

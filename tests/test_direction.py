@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import needs_extension
 from direction_checks import check, inputs
+from early_checks import called, check_early
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdfast
 from kdfast import backend
 from kdfast.ops.direction import direction
+from kdfast.reference import direction as reference
 
 pytestmark = needs_extension
 BACKENDS = [name for name in ("reference", "cpu") if backend.why_not(name) is None]
@@ -181,11 +183,95 @@ def test_only_needed_gradients():
         assert not direction(student, teacher, centers, labels).requires_grad
 
 
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_early_gradient(monkeypatch, balanced, with_teacher):
+    for shape, dtype in (
+        ((6, 5, 4), torch.float64),
+        ((9, 16, 4), torch.float32),
+        ((33, 67, 7), torch.float32),
+        ((70, 1100, 5), torch.bfloat16),
+    ):
+        student, teacher, centers, labels = inputs(*shape, dtype)
+        centers[1] = 0  # its rows do not count
+
+        def call(s, t=teacher, c=centers, y=labels):
+            t = t.to(s.dtype) if with_teacher else None
+            return direction(s, t, c.to(s.dtype), y, balanced=balanced, weight=1.5)
+
+        check_early(monkeypatch, "direction", call, student)
+        if dtype == torch.float32:
+            check_early(monkeypatch, "direction", call, student.T.contiguous().T)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 5, 4), (70, 1100, 5), (300, 129, 81), (260, 17, 4000)])
+def test_early_gradient_matches_reference(shape, mean, balanced):
+    student, teacher, centers, labels = inputs(*shape, mean=mean)
+    centers[0] = 0
+    centers[-1, : min(16, shape[1] - 1)] = 0  # what is looked at first is 0, the centre is not
+    student[0] = 0
+    if shape[0] > 4:
+        student[3] = teacher[3] = 0
+    for side in (teacher, None):
+        loss, gradient = torch.ops.kdfast.direction_with_gradient(
+            student, side, centers, labels, -100, balanced, -2.0
+        )
+        exact = student.double().requires_grad_()
+        side = None if side is None else side.double()
+        want = -2 * reference.direction(exact, side, centers.double(), labels, balanced=balanced)
+        (want_gradient,) = torch.autograd.grad(want, exact)
+        torch.testing.assert_close(loss.double(), want.detach(), rtol=1e-5, atol=3e-6)
+        norms = student.double().norm(dim=1)
+        size = 1 / float(norms[norms > 0].min()) if norms.any() else 1.0
+        assert float((gradient.double() - want_gradient).abs().max()) <= 1e-5 * max(size, 1e-3)
+
+
+def test_gradient_larger_than_the_caches():
+    for columns in (1024, 1031):  # rows that start where vectors do, and not
+        student, teacher, centers, labels = inputs(4100, columns, 11)
+        loss, gradient = torch.ops.kdfast.direction_with_gradient(
+            student, teacher, centers, labels, -100, False, 1.0
+        )
+        check("cpu", student, teacher, centers, labels)
+        student.requires_grad_()
+        with kdfast.use_backend("reference"):
+            want = direction(student, teacher, centers, labels)
+            (want_gradient,) = torch.autograd.grad(want, student)
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(
+            gradient, want_gradient, rtol=1e-4, atol=1e-5 * float(want_gradient.abs().max())
+        )
+
+
+def test_early_gradient_does_not_depend_on_threads():
+    student, teacher, centers, labels = inputs(700, 300, 9)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(
+            torch.ops.kdfast.direction_with_gradient(student, teacher, centers, labels, -100, True, 1.0)
+        )
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_teacher_gradient_takes_two_calls():
+    student, teacher, centers, labels = inputs(6, 5, 4)
+    teacher.requires_grad_()
+    names = called(lambda: direction(student.requires_grad_(), teacher, centers, labels).backward())
+    assert names == ["direction", "direction_backward"]
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_opcheck(labelled):
     student, teacher, centers, labels = inputs(6, 5, 4, labelled=labelled)
     forward = (student, teacher, centers, labels, -100, labelled)
     torch.library.opcheck(torch.ops.kdfast.direction.default, forward)
+    for student_ in (student, student.T.contiguous().T):
+        torch.library.opcheck(torch.ops.kdfast.direction_with_gradient.default, (student_, *forward[1:], 0.5))
     loss, factors, total = torch.ops.kdfast.direction(*forward)
     for needs in ((True, True), (True, False), (False, True)):
         args = (loss, *forward[:4], factors, total, -100, labelled, *needs)

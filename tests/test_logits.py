@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import needs_extension
+from early_checks import called, check_early
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from logit_checks import IGNORED, SETTINGS, check, make, run
 
 import kdfast
 from kdfast.ops.logits import logits
+from kdfast.reference import logits as reference
 from kdfast.reference.logits import KINDS
 
 pytestmark = needs_extension
@@ -155,6 +157,99 @@ def test_gradcheck_and_second_backward(backend, setting) -> None:
             assert torch.autograd.gradcheck(others, (t,))
 
 
+EARLY = [setting for setting in SETTINGS if setting[0] != "dist"]
+
+
+def early_call(t: torch.Tensor, y: torch.Tensor, setting: tuple):
+    kind, alpha, beta, temperature = setting
+    return lambda s: logits(s, t.to(s.dtype), y, kind=kind, alpha=alpha, beta=beta, temperature=temperature)
+
+
+@pytest.mark.parametrize("setting", EARLY, ids=str)
+def test_early_gradient(monkeypatch, setting) -> None:
+    s, t, y = make((4, 5), "ignored")
+    check_early(monkeypatch, "logits", early_call(t.double(), y, setting), s.double())
+    for shape in ((7, 133), (3, 2060)):
+        s, t, y = make(shape, "ignored")
+        check_early(monkeypatch, "logits", early_call(t, y, setting), s)
+        check_early(monkeypatch, "logits", early_call(t, y, setting), s.bfloat16())
+    s, t, y = make((2, 21, 6), "rising")
+    s, y = s.movedim(1, 2), y[:, :6]  # classes apart, as of a map [B, K, W]
+    check_early(monkeypatch, "logits", early_call(t.movedim(1, 2), y, setting), s)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mean", "saturated", "converged", "rising", "ignored"])
+@pytest.mark.parametrize("setting", EARLY, ids=str)
+def test_early_gradient_matches_reference(setting, kind) -> None:
+    kind_, alpha, beta, temperature = setting
+    for shape in SHAPES[2:]:
+        s, t, y = make(shape, kind)
+        labels = labels_of(setting, y, kind)
+        flags = (KINDS.index(kind_), alpha, beta, temperature, IGNORED)
+        loss, gradient = torch.ops.kdfast.logits_with_gradient(s, t, labels, *flags)
+        exact = s.double().requires_grad_()
+        want = reference.logits(exact, t.double(), labels, *flags)
+        (want_gradient,) = torch.autograd.grad(want, exact)
+        torch.testing.assert_close(loss.double(), want.detach(), rtol=4e-6, atol=2e-6)
+        size = float(want_gradient.abs().max()) + (alpha + beta) / (s.numel() // s.shape[-1])
+        torch.testing.assert_close(gradient.double(), want_gradient, rtol=1e-5, atol=4e-6 * size)
+
+
+@pytest.mark.parametrize("classes", [50_000, 50_257, 49_999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_larger_than_the_caches(classes, dtype) -> None:
+    """It is streamed: every address is written, at rows that start where no vector does."""
+    s, t, _ = make((90 if dtype == torch.float32 else 170, classes))
+    s, t = s.to(dtype), t.to(dtype)
+    assert s.numel() * s.element_size() >= 1 << 24
+    labels = torch.zeros(len(s), dtype=torch.long)
+    labels[::17] = IGNORED
+    flags = (KINDS.index("kl"), 0.0, 1.0, 2.0, IGNORED)
+    for _ in range(2):  # the second call gets memory that the first has written
+        loss, gradient = torch.ops.kdfast.logits_with_gradient(s, t, labels, *flags)
+        p, q = ((v.double() / 2).softmax(1) for v in (s, t))
+        counts = (labels != IGNORED)[:, None]
+        want = torch.where(counts, (p - q) / (2 * counts.sum()), 0)
+        size = float(want.abs().max())
+        allowed = 1e-5 * size if dtype == torch.float32 else 1e-2 * size
+        assert float((gradient.double() - want).abs().max()) <= allowed
+        gradient.fill_(torch.nan)
+        del gradient
+    two, saved = torch.ops.kdfast.logits(s, t, labels, *flags)
+    torch.testing.assert_close(loss, two)
+    backward = torch.ops.kdfast.logits_backward(two.new_tensor(1.0), s, t, labels, saved, *flags, True, True)
+    for gradient, sign in zip(backward, (1, -1), strict=True):
+        assert gradient.isfinite().all() and not gradient[::17].any()
+        if sign == 1:
+            assert float((gradient.double() - want).abs().max()) <= allowed
+
+
+def test_early_gradient_does_not_depend_on_threads() -> None:
+    s, t, y = make((100, 700))
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(torch.ops.kdfast.logits_with_gradient(s, t, y, 1, 1.0, 2.0, 3.0, IGNORED))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_early_gradient_is_exactly_zero_for_equal_logits() -> None:
+    s, _, y = make((5, 1500), "mean")
+    for kind in (0, 1):
+        loss, gradient = torch.ops.kdfast.logits_with_gradient(s, s, y, kind, 1.0, 1.0, 4.0, IGNORED)
+        assert loss == 0 and not gradient.any()
+
+
+def test_teacher_gradient_takes_two_calls() -> None:
+    s, t, _ = make((4, 6))
+    t.requires_grad_()
+    for student in (s, s.clone().requires_grad_()):
+        names = called(lambda s=student: logits(s, t).backward())
+        assert names == ["logits", "logits_backward"]
+
+
 def test_only_needed_gradients() -> None:
     s, t, _ = make((4, 6))
     s.requires_grad_()
@@ -175,6 +270,11 @@ def test_opcheck(kind, with_labels) -> None:
     s, t, y = make((2, 3, 7), "ignored")
     labels, flags = y if with_labels else None, (kind, 1.0, 2.0, 3.0, IGNORED)
     torch.library.opcheck(torch.ops.kdfast.logits.default, (s, t, labels, *flags))
+    if KINDS[kind] != "dist":
+        torch.library.opcheck(
+            torch.ops.kdfast.logits_with_gradient.default,
+            (s.transpose(0, 1), t.transpose(0, 1), labels, *flags),
+        )
     loss, saved = torch.ops.kdfast.logits(s, t, labels, *flags)
     arguments = (
         torch.ones_like(loss),
@@ -197,3 +297,5 @@ def test_wrong_calls_are_refused() -> None:
         logits(s, t, torch.tensor([0, 5, 1]), kind="dkd")
     with pytest.raises(RuntimeError, match="must be float32"):
         logits(s.int(), t)
+    with pytest.raises(RuntimeError, match="not for DIST"):
+        torch.ops.kdfast.logits_with_gradient(s, t, None, KINDS.index("dist"), 1.0, 1.0, 1.0, IGNORED)

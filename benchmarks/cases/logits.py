@@ -124,6 +124,9 @@ def cases() -> list[Case]:
     loss, naive, _ = losses["kd"]
     found += [
         _case("kd", loss, naive, LANGUAGE.format(256), (256, 32000)),
+        _case("kd", loss, naive, LANGUAGE.format(256), (256, 32000), dtype=torch.bfloat16),
+        _case("kd", loss, naive, LANGUAGE.format(64), (64, 128256)),
+        _case("kd", loss, naive, LANGUAGE.format(64), (64, 128256), dtype=torch.bfloat16),
         _case("kd", loss, naive, LANGUAGE.format(128), (128, 128000)),
         _case("kd", loss, naive, LANGUAGE.format(128), (128, 128000), dtype=torch.bfloat16),
     ]

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "cpu/direction_ops.h"
@@ -25,6 +26,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kNormFloor = 1e-12;      // NORM_FLOOR of the reference
+constexpr int64_t kProbe = 16;            // columns that show that a centre is not 0, most often
+constexpr int64_t kStreamed = 16 << 20;   // bytes of a gradient from which it is not left in the caches
 constexpr int64_t kTaskElements = 32768;  // of one input, for a thread to be worth its start
 
 // Rows whose columns are neighbours: the tensor's own, or those of a copy that it keeps alive.
@@ -78,11 +81,13 @@ void check_shapes(const Tensor& student, const OptionalTensor& teacher, const Te
            "direction: teacher needs the shape of student");
 }
 
-template <class F>
-void for_rows(int64_t rows, int64_t columns, const F& f) {
+// f(row) for every row, then done() on the same thread.
+template <class F, class G>
+void for_rows(int64_t rows, int64_t columns, const F& f, const G& done) {
   parallel_for(0, rows, std::max<int64_t>(1, kTaskElements / std::max<int64_t>(columns, 1)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t i = begin; i < end; ++i) f(i);
+                 done();
                });
 }
 
@@ -101,10 +106,11 @@ struct RowResult {
   bool counts = false;
 };
 
+double length(double square) {
+  return square <= kNormFloor * kNormFloor ? 0.0 : std::sqrt(square);  // NaN stays NaN
+}
+
 RowResult compare(const DirectionSums& sums) {
-  const auto length = [](double square) {
-    return square <= kNormFloor * kNormFloor ? 0.0 : std::sqrt(square);  // NaN stays NaN
-  };
   const double center = length(sums.center), student = length(sums.student), teacher = length(sums.teacher);
   RowResult r;
   r.counts = !(center == 0);
@@ -119,6 +125,32 @@ RowResult compare(const DirectionSums& sums) {
   return r;
 }
 
+// Weights of the rows by which the loss is a mean; they are 0 or 1 before. `center_of` has labels where
+// balanced.
+template <class W>
+double balance(std::vector<W>& weight, const Centers& center_of, int64_t classes, bool balanced) {
+  const int64_t rows = static_cast<int64_t>(weight.size());
+  if (balanced) {
+    std::vector<int64_t> size(classes);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (weight[i] > 0) ++size[center_of[i]];
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      if (weight[i] > 0) weight[i] = 1.0 / static_cast<double>(size[center_of[i]]);
+    }
+  }
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) total += weight[i];
+  return total == 0 ? 1 : total;
+}
+
+double weighted_mean(const std::vector<double>& distance, const std::vector<double>& weight, double total) {
+  double sum = 0;
+  for (size_t i = 0; i < weight.size(); ++i) sum += weight[i] * distance[i];
+  const double mean = sum / total;
+  return mean < 0 ? 0.0 : mean;
+}
+
 template <class A>
 void forward(const DirectionKernels<A>& kernels, const Tensor& student, const OptionalTensor& teacher,
              const Tensor& centers, const OptionalTensor& labels, int64_t ignore_index, bool balanced,
@@ -130,31 +162,75 @@ void forward(const DirectionKernels<A>& kernels, const Tensor& student, const Op
   KD_CHECK(!balanced || center_of.by_label() || rows == 0, "direction: balanced needs labels");
   A* f = static_cast<A*>(factors.data_ptr());
   std::vector<double> distance(rows), weight(rows);
-  for_rows(rows, columns, [&](int64_t i) {
+  for_rows(
+      rows, columns,
+      [&](int64_t i) {
+        RowResult r;
+        if (center_of[i] >= 0) {
+          r = compare(
+              kernels.sums(s.get(), teacher ? t.get() : no_teacher, c.get(), i, center_of[i], columns));
+        }
+        f[3 * i] = static_cast<A>(r.center_factor), f[3 * i + 1] = static_cast<A>(r.student_factor),
+              f[3 * i + 2] = static_cast<A>(r.teacher_factor);
+        distance[i] = r.distance, weight[i] = r.counts;
+      },
+      [] {});
+  const double weights = balance(weight, center_of, classes, balanced);
+  for (int64_t i = 0; balanced && i < rows; ++i) {
+    for (int64_t j = 0; j < 3; ++j) f[3 * i + j] *= static_cast<A>(weight[i]);
+  }
+  *static_cast<A*>(total.data_ptr()) = static_cast<A>(weights);
+  *static_cast<A*>(loss.data_ptr()) = static_cast<A>(weighted_mean(distance, weight, weights));
+}
+
+DirectionRows rows_of(Tensor* x) {
+  if (!x) return {nullptr, Dtype::f32, 0};
+  return {x->data_ptr(), dtype_of(x->scalar_type(), "gradient"), x->stride(0)};
+}
+
+bool is_streamed(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()) >= kStreamed; }
+
+// `factor` times the loss, and its gradient for the student: row by row, while the row is in the cache. What
+// the rows weigh is known before, since it takes of every centre only whether it is 0.
+template <class A>
+double with_gradient(const DirectionKernels<A>& kernels, const Tensor& student, const OptionalTensor& teacher,
+                     const Tensor& centers, const OptionalTensor& labels, int64_t ignore_index, bool balanced,
+                     double factor, Tensor& gradient) {
+  const int64_t rows = student.size(0), columns = student.size(1), classes = centers.size(0);
+  const Rows s(student, "student"), c(centers, "centers"), t(teacher ? *teacher : student, "teacher");
+  const DirectionRows no_teacher = {nullptr, Dtype::f32, 0};
+  const Centers center_of(labels, rows, classes, ignore_index);
+  KD_CHECK(!balanced || center_of.by_label() || rows == 0, "direction: balanced needs labels");
+  const auto is_zero = [&](int64_t k) {
+    const auto square = [&](int64_t count) {
+      return kernels.sums(c.get(), no_teacher, c.get(), k, k, count).center;
+    };
+    return length(square(std::min(kProbe, columns))) == 0 && length(square(columns)) == 0;
+  };
+  enum : char { kUnknown, kZero, kUsed };
+  std::vector<char> centre(classes, kUnknown);
+  std::vector<double> distance(rows), weight(rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t k = center_of[i];
+    if (k < 0) continue;
+    if (centre[k] == kUnknown) centre[k] = is_zero(k) ? kZero : kUsed;
+    weight[i] = centre[k] == kUsed;
+  }
+  const double total = balance(weight, center_of, classes, balanced);
+  const DirectionRows to = rows_of(&gradient);
+  const bool streams = is_streamed(gradient);
+  const auto row = [&](int64_t i) {
     RowResult r;
-    if (center_of[i] >= 0) {
+    if (weight[i] > 0) {
       r = compare(kernels.sums(s.get(), teacher ? t.get() : no_teacher, c.get(), i, center_of[i], columns));
     }
-    f[3 * i] = static_cast<A>(r.center_factor), f[3 * i + 1] = static_cast<A>(r.student_factor),
-          f[3 * i + 2] = static_cast<A>(r.teacher_factor);
-    distance[i] = r.distance, weight[i] = r.counts;
-  });
-  if (balanced) {
-    std::vector<int64_t> size(classes);
-    for (int64_t i = 0; i < rows; ++i) {
-      if (weight[i] > 0) ++size[center_of[i]];
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      if (weight[i] > 0) weight[i] = 1.0 / static_cast<double>(size[center_of[i]]);
-      for (int64_t j = 0; j < 3; ++j) f[3 * i + j] *= static_cast<A>(weight[i]);
-    }
-  }
-  double sum = 0, weights = 0;
-  for (int64_t i = 0; i < rows; ++i) sum += weight[i] * distance[i], weights += weight[i];
-  if (weights == 0) weights = 1;
-  *static_cast<A*>(total.data_ptr()) = static_cast<A>(weights);
-  const double mean = sum / weights;
-  *static_cast<A*>(loss.data_ptr()) = static_cast<A>(mean < 0 ? 0.0 : mean);
+    distance[i] = r.distance;
+    const double scale = factor * weight[i] / total;
+    kernels.mix(scale * r.center_factor, c.get(), center_of[i], scale * r.student_factor, s.get(), to, i,
+                columns, streams);
+  };
+  for_rows(rows, columns, row, kernels.end_streams);
+  return factor * weighted_mean(distance, weight, total);
 }
 
 template <class A>
@@ -168,23 +244,26 @@ void backward(const DirectionKernels<A>& kernels, const Tensor& grad, const Tens
   const A* f = static_cast<const A*>(factors.const_data_ptr());
   const double scale = static_cast<double>(*static_cast<const A*>(grad.const_data_ptr())) /
                        static_cast<double>(*static_cast<const A*>(total.const_data_ptr()));
-  const auto rows_of = [](Tensor* x) {
-    return DirectionRows{x ? x->data_ptr() : nullptr, x ? dtype_of(x->scalar_type(), "gradient") : Dtype::f32,
-                         x ? x->stride(0) : 0};
-  };
   const DirectionRows to_student = rows_of(grad_student), to_teacher = rows_of(grad_teacher);
-  for_rows(rows, columns, [&](int64_t i) {
+  const bool streams = is_streamed(grad_student ? *grad_student : student);
+  const auto row = [&](int64_t i) {
     const double f0 = scale * static_cast<double>(f[3 * i]), f1 = scale * static_cast<double>(f[3 * i + 1]),
                  f2 = scale * static_cast<double>(f[3 * i + 2]);
-    if (grad_student) kernels.mix(f0, c.get(), center_of[i], f1, s.get(), to_student, i, columns);
-    if (grad_teacher) kernels.mix(0, c.get(), 0, f2, t.get(), to_teacher, i, columns);
-  });
+    if (grad_student) kernels.mix(f0, c.get(), center_of[i], f1, s.get(), to_student, i, columns, streams);
+    if (grad_teacher) kernels.mix(0, c.get(), 0, f2, t.get(), to_teacher, i, columns, streams);
+  };
+  for_rows(rows, columns, row, kernels.end_streams);
 }
 
 // The layout of empty_like, which the fake promises; kernels write rows whose columns are neighbours.
-Tensor gradient_like(const Tensor& x) { return torch::stable::new_empty(x, {x.size(0), x.size(1)}); }
+Tensor gradient_like(const Tensor& x) {
+  Tensor gradient = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  advise_huge_pages(gradient.data_ptr(), gradient.numel() * static_cast<int64_t>(gradient.element_size()));
+  return gradient;
+}
 
 Tensor laid_out_like(const Tensor& x, const Tensor& gradient) {
+  if (x.is_contiguous()) return gradient;
   Tensor result = torch::stable::empty_like(x);
   if (result.stride(1) == gradient.stride(1) && result.stride(0) == gradient.stride(0)) return gradient;
   return torch::stable::copy_(result, gradient);
@@ -204,6 +283,20 @@ std::tuple<Tensor, Tensor, Tensor> direction_cpu(const Tensor& student, const Op
   };
   wide ? run(KD_DISPATCH_ISA(direction_double)) : run(KD_DISPATCH_ISA(direction_float));
   return {loss, factors, total};
+}
+
+std::tuple<Tensor, Tensor> direction_with_gradient_cpu(const Tensor& student, const OptionalTensor& teacher,
+                                                       const Tensor& centers, const OptionalTensor& labels,
+                                                       int64_t ignore_index, bool balanced, double weight) {
+  check_shapes(student, teacher, centers);
+  const bool wide = is_wide(student, teacher, centers);
+  Tensor loss = empty(student, {}, wide), gradient = gradient_like(student);
+  const auto run = [&](const auto& kernels, auto zero) {
+    *static_cast<decltype(zero)*>(loss.data_ptr()) = static_cast<decltype(zero)>(
+        with_gradient(kernels, student, teacher, centers, labels, ignore_index, balanced, weight, gradient));
+  };
+  wide ? run(KD_DISPATCH_ISA(direction_double), double{}) : run(KD_DISPATCH_ISA(direction_float), float{});
+  return {loss, laid_out_like(student, gradient)};
 }
 
 std::tuple<Tensor, Tensor> direction_backward_cpu(const Tensor& grad, const Tensor& student,

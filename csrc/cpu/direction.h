@@ -26,9 +26,11 @@ struct DirectionKernels {
   // teacher.data may be null.
   DirectionSums (*sums)(const DirectionRows& student, const DirectionRows& teacher,
                         const DirectionRows& centers, int64_t row, int64_t center, int64_t columns);
-  // to[row] = f0 * centers[center] + f1 * from[row]; a factor that is 0 leaves its rows unread.
+  // to[row] = f0 * centers[center] + f1 * from[row]; a factor that is 0 leaves its rows unread. `streams`:
+  // past the caches; end_streams() after the last row.
   void (*mix)(double f0, const DirectionRows& centers, int64_t center, double f1, const DirectionRows& from,
-              const DirectionRows& to, int64_t row, int64_t columns);
+              const DirectionRows& to, int64_t row, int64_t columns, bool streams);
+  void (*end_streams)();
 };
 
 }  // namespace kd

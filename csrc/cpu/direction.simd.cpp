@@ -1,8 +1,8 @@
 // Arithmetic of the direction op on the CPU, compiled once per instruction set.
 //
-// Forward, per row: three rows read once, 4 D multiply-adds; backward: two rows read, one written. Memory
-// decides, so there is nothing to block; sums have two vectors each, which hides the latency of the
-// additions.
+// Forward, per row: three rows read once, 4 D multiply-adds; backward: two rows read, one written. Where the
+// forward writes the gradient too, a row's second read comes from the cache. Memory decides, so there is
+// nothing to block; sums have two vectors each, which hides the latency of the additions.
 
 #include "cpu/direction.h"
 
@@ -42,14 +42,19 @@ double lanes_sum(const Vec<A>& v) {
   return sum;
 }
 
+// `next_s`, `next_t`: from here to the row after, which is fetched meanwhile; 0 where the values were
+// converted.
 template <class A, bool kTeacher>
-void add_sums(const A* s, const A* t, const A* c, int64_t count, DirectionSums& sums) {
+void add_sums(const A* s, const A* t, const A* c, int64_t count, int64_t next_s, int64_t next_t,
+              DirectionSums& sums) {
   constexpr int64_t lanes = kLanes<A>;
   Vec<A> dot[2] = {}, ss[2] = {}, tt[2] = {}, cc[2] = {};
   int64_t i = 0;
   for (; i + 2 * lanes <= count; i += 2 * lanes) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
+      __builtin_prefetch(s + i + v * lanes + next_s);
+      if constexpr (kTeacher) __builtin_prefetch(t + i + v * lanes + next_t);
       const Vec<A> a = load_vec(s + i + v * lanes), b = load_vec(c + i + v * lanes);
       dot[v] += a * b;
       ss[v] += a * a;
@@ -82,31 +87,34 @@ DirectionSums sums(const DirectionRows& student, const DirectionRows& teacher, c
     const int64_t count = columns - first < kChunk ? columns - first : kChunk;
     const A* s = chunk(student, row, first, count, buffers[0]);
     const A* c = chunk(centers, center, first, count, buffers[2]);
+    const int64_t next_s = s == buffers[0] ? 0 : student.row_stride;
     if (teacher.data) {
-      add_sums<A, true>(s, chunk(teacher, row, first, count, buffers[1]), c, count, result);
+      const A* t = chunk(teacher, row, first, count, buffers[1]);
+      add_sums<A, true>(s, t, c, count, next_s, t == buffers[1] ? 0 : teacher.row_stride, result);
     } else {
-      add_sums<A, false>(s, nullptr, c, count, result);
+      add_sums<A, false>(s, nullptr, c, count, next_s, 0, result);
     }
   }
   return result;
 }
 
-template <class A>
+template <class A, bool kStreams>
 void mix_values(A f0, const A* c, A f1, const A* s, A* to, int64_t count) {
-  if (c && s) {
-    for (int64_t i = 0; i < count; ++i) to[i] = f0 * c[i] + f1 * s[i];
-  } else if (c || s) {
-    const A* one = c ? c : s;
-    const A f = c ? f0 : f1;
-    for (int64_t i = 0; i < count; ++i) to[i] = f * one[i];
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = 0;
+  const A* one = c ? c : s;
+  const A f = c ? f0 : f1;
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) {
+    Vec<A> value = {};
+    if (one) value = f * load_vec(one + i);
+    if (c && s) value += f1 * load_vec(s + i);
+    kStreams ? stream_vec(to + i, value) : store_vec(to + i, value);
   }
+  for (; i < count; ++i) to[i] = (one ? f * one[i] : A(0)) + (c && s ? f1 * s[i] : A(0));
 }
 
 template <class A>
 void mix(double f0, const DirectionRows& centers, int64_t center, double f1, const DirectionRows& from,
-         const DirectionRows& to, int64_t row, int64_t columns) {
+         const DirectionRows& to, int64_t row, int64_t columns, bool streams) {
   A buffers[3][kChunk];
   for (int64_t first = 0; first < columns; first += kChunk) {
     const int64_t count = columns - first < kChunk ? columns - first : kChunk;
@@ -119,7 +127,11 @@ void mix(double f0, const DirectionRows& centers, int64_t center, double f1, con
     } else {
       if (to.dtype == Dtype::f64) out = static_cast<double*>(to.data) + offset;
     }
-    mix_values<A>(static_cast<A>(f0), c, static_cast<A>(f1), s, out, count);
+    if (streams && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0) {
+      mix_values<A, true>(static_cast<A>(f0), c, static_cast<A>(f1), s, out, count);
+    } else {
+      mix_values<A, false>(static_cast<A>(f0), c, static_cast<A>(f1), s, out, count);
+    }
     if (out != buffers[2]) continue;
     if (to.dtype == Dtype::f32) convert(out, static_cast<float*>(to.data) + offset, count);
     if (to.dtype == Dtype::f16) convert(out, static_cast<Half*>(to.data) + offset, count);
@@ -129,7 +141,7 @@ void mix(double f0, const DirectionRows& centers, int64_t center, double f1, con
 
 }  // namespace
 
-extern const DirectionKernels<float> direction_float = {sums<float>, mix<float>};
-extern const DirectionKernels<double> direction_double = {sums<double>, mix<double>};
+extern const DirectionKernels<float> direction_float = {sums<float>, mix<float>, end_streams};
+extern const DirectionKernels<double> direction_double = {sums<double>, mix<double>, end_streams};
 
 }  // namespace kd::KD_ISA

@@ -14,6 +14,11 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> 
     const torch::stable::Tensor& centers, const std::optional<torch::stable::Tensor>& labels,
     int64_t ignore_index, bool balanced);
 
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> direction_with_gradient_cpu(
+    const torch::stable::Tensor& student, const std::optional<torch::stable::Tensor>& teacher,
+    const torch::stable::Tensor& centers, const std::optional<torch::stable::Tensor>& labels,
+    int64_t ignore_index, bool balanced, double weight);
+
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> direction_backward_cpu(
     const torch::stable::Tensor& grad, const torch::stable::Tensor& student,
     const std::optional<torch::stable::Tensor>& teacher, const torch::stable::Tensor& centers,

@@ -27,6 +27,7 @@ using torch::stable::Tensor;
 constexpr int64_t kGrain =
     1 << 14;  // logits of one side below which a second thread costs more than it saves
 constexpr int64_t kDistLogits = 1 << 15;  // of one side that DIST holds at a time: 256 KB of both
+constexpr int64_t kStreamed = 16 << 20;   // bytes of a gradient from which it is not left in the caches
 constexpr double kPearsonEps = 1e-8;
 
 template <class A>
@@ -64,7 +65,7 @@ struct Problem {
   int64_t grain;  // rows
 
   Problem(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& given,
-          const Tensor& saved, int64_t kind, double alpha, double beta, double temperature,
+          const Tensor* saved, int64_t kind, double alpha, double beta, double temperature,
           int64_t ignore_index)
       : call{} {
     KD_CHECK(0 <= kind && kind <= static_cast<int64_t>(LogitsKind::dist), "logits: unknown kind ", kind);
@@ -80,9 +81,9 @@ struct Problem {
     call.alpha = alpha, call.beta = beta, call.temperature = temperature;
     call.rows = student.numel() / classes, call.classes = classes, call.ignore_index = ignore_index;
     call.student = matrix_of(student, "student"), call.teacher = matrix_of(teacher, "teacher");
-    call.saved = static_cast<A*>(const_cast<void*>(saved.const_data_ptr()));
+    call.saved = saved ? static_cast<A*>(const_cast<void*>(saved->const_data_ptr())) : nullptr;
     call.saved_width = call.kind == LogitsKind::kl || call.kind == LogitsKind::dkd ? 5 : 7;
-    saved_elements = saved.numel();
+    saved_elements = saved ? saved->numel() : 0;
     counted = call.rows;
     grain = std::max<int64_t>(1, kGrain / classes);
     const bool targets = call.kind == LogitsKind::dkd || call.kind == LogitsKind::nkd;
@@ -224,8 +225,26 @@ std::vector<A> column_factors(const Problem<A>& p, double grad, bool teacher) {
 }
 
 template <class A>
+LogitsGradient<A> gradient_of(const Problem<A>& p, double grad, const Tensor& to, bool teacher) {
+  const bool streams = to.numel() * static_cast<int64_t>(to.element_size()) >= kStreamed;
+  return {grad * p.share(), matrix_of(to, "the gradient"), teacher, streams};
+}
+
+template <class A>
+double with_gradient(const Problem<A>& p, const Tensor& to) {
+  std::vector<double> values(p.call.rows, 0.0);
+  const LogitsGradient<A> g = gradient_of(p, 1, to, false);
+  parallel_for(0, p.call.rows, p.grain, [&](int64_t begin, int64_t end) {
+    kernels<A>().with_gradient(p.call, g, begin, end, values.data());
+  });
+  double total = 0;
+  for (const double value : values) total += value;
+  return total * p.share();
+}
+
+template <class A>
 void backward(const Problem<A>& p, double grad, const Tensor& to, bool teacher) {
-  const LogitsGradient<A> g{grad * p.share(), matrix_of(to, "the gradient"), teacher};
+  const LogitsGradient<A> g = gradient_of(p, grad, to, teacher);
   if (p.call.kind != LogitsKind::dist) {
     parallel_for(0, p.call.rows, p.grain,
                  [&](int64_t begin, int64_t end) { kernels<A>().backward(p.call, g, begin, end); });
@@ -263,11 +282,29 @@ std::tuple<Tensor, Tensor> logits_cpu(const Tensor& student, const Tensor& teach
   Tensor saved = torch::stable::new_empty(student, {rows * width + (is_dist ? 5 * classes : 0)}, dtype);
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    const Problem<A> p(student, teacher, labels, saved, kind, alpha, beta, temperature, ignore_index);
+    const Problem<A> p(student, teacher, labels, &saved, kind, alpha, beta, temperature, ignore_index);
     scalar<A>(loss) = static_cast<A>(forward(p));
   };
   wide ? run(double{}) : run(float{});
   return {loss, saved};
+}
+
+std::tuple<Tensor, Tensor> logits_with_gradient_cpu(const Tensor& student, const Tensor& teacher,
+                                                    const std::optional<Tensor>& labels, int64_t kind,
+                                                    double alpha, double beta, double temperature,
+                                                    int64_t ignore_index) {
+  KD_CHECK(student.dim() > 0, "logits: student has no axis of classes");
+  KD_CHECK(kind != static_cast<int64_t>(LogitsKind::dist), "logits_with_gradient: not for DIST");
+  const bool wide = is_wide(student, teacher);
+  Tensor loss = torch::stable::new_empty(student, {}, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor gradient = new_gradient(student);
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    const Problem<A> p(student, teacher, labels, nullptr, kind, alpha, beta, temperature, ignore_index);
+    scalar<A>(loss) = static_cast<A>(with_gradient(p, gradient));
+  };
+  wide ? run(double{}) : run(float{});
+  return {loss, gradient};
 }
 
 std::tuple<Tensor, Tensor> logits_backward_cpu(const Tensor& grad, const Tensor& student,
@@ -279,7 +316,7 @@ std::tuple<Tensor, Tensor> logits_backward_cpu(const Tensor& grad, const Tensor&
          grad_teacher = new_gradient(teacher, need_teacher);
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    const Problem<A> p(student, teacher, labels, saved, kind, alpha, beta, temperature, ignore_index);
+    const Problem<A> p(student, teacher, labels, &saved, kind, alpha, beta, temperature, ignore_index);
     if (need_student) backward(p, scalar<A>(grad), grad_student, false);
     if (need_teacher) backward(p, scalar<A>(grad), grad_teacher, true);
   };

@@ -55,6 +55,7 @@ struct LogitsGradient {
   double scale;  // of the loss's gradient, over the number of rows that count
   LogitsMatrix to;
   bool teacher;  // whose gradient
+  bool streams;  // past the caches: it is larger than they are
 };
 
 // DIST's columns, [5, K]: means, then while rows are joined second moments, saved as norms and a product.
@@ -66,6 +67,9 @@ struct LogitsKernels {
   // Rows [begin, end): fills saved and values (the row's part of the sum, 0 where ignored).
   void (*forward)(const LogitsCall<A>&, int64_t begin, int64_t end, double* values);
   void (*backward)(const LogitsCall<A>&, const LogitsGradient<A>&, int64_t begin, int64_t end);
+  // Both at once, without saved; of the student, not for DIST.
+  void (*with_gradient)(const LogitsCall<A>&, const LogitsGradient<A>&, int64_t begin, int64_t end,
+                        double* values);
   // DIST. Joins the rows' columns to moments [5, K], fills saved, values; returns how many count; scratch
   // [2, dist_rows, K].
   int64_t (*dist_forward)(const LogitsCall<A>&, int64_t begin, int64_t end, int64_t dist_rows, A* scratch,

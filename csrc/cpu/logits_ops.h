@@ -14,6 +14,11 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> logits_cpu(
     const std::optional<torch::stable::Tensor>& labels, int64_t kind, double alpha, double beta,
     double temperature, int64_t ignore_index);
 
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> logits_with_gradient_cpu(
+    const torch::stable::Tensor& student, const torch::stable::Tensor& teacher,
+    const std::optional<torch::stable::Tensor>& labels, int64_t kind, double alpha, double beta,
+    double temperature, int64_t ignore_index);
+
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> logits_backward_cpu(
     const torch::stable::Tensor& grad, const torch::stable::Tensor& student,
     const torch::stable::Tensor& teacher, const std::optional<torch::stable::Tensor>& labels,

@@ -72,6 +72,26 @@ inline void store_block(const LogitsMatrix& m, char* row, int64_t first, int64_t
   });
 }
 
+// What comes after a block of a row: fetched while the block is worked on, since processors follow a stream
+// of reads only to the end of its page. Beyond a row lies the next one, or nothing, where a fetch does
+// nothing.
+class Ahead {
+ public:
+  Ahead(const LogitsMatrix& m, const char* row, int64_t first)
+      : size_(m.stride == 1 ? element_size(m.dtype) : 0), next_(row + first * size_) {}
+  void fetch(int64_t i) const { __builtin_prefetch(next_ + i * size_); }
+
+ private:
+  int64_t size_;
+  const char* next_;
+};
+
+// Elements up to the next address where a whole vector lies.
+template <class A>
+inline int64_t to_vector(const char* data) {
+  return -static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) / sizeof(A)) & (kLanes<A> - 1);
+}
+
 inline double load_one(const LogitsMatrix& m, const char* row, int64_t index) {
   double value = 0;
   with_dtype(m.dtype, row, [&](const auto* data) { value = load(data + index * m.stride); });
@@ -113,8 +133,12 @@ inline bool is_ignored(const LogitsCall<A>& call, int64_t row) {
 
 template <class A>
 void zero_row(const LogitsCall<A>& call, const LogitsMatrix& to, int64_t row) {
+  const A zeros[kBlock] = {};
   char* data = row_data(to, row);
-  for (int64_t k = 0; k < call.classes; ++k) store_one(to, data, k, 0);
+  for (int64_t first = 0; first < call.classes; first += kBlock) {
+    const int64_t left = call.classes - first;
+    store_block(to, data, first, left < kBlock ? left : kBlock, zeros);
+  }
 }
 
 inline double sigmoid(double x) {

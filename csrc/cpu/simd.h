@@ -50,6 +50,25 @@ inline void store_vec(A* to, const Vec<A>& v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
+// A store of a vector that lies whole in a cache line and is not read soon: past the caches, so that the line
+// is not read from memory first. end_streams() makes such stores visible to other threads.
+template <class A>
+inline void stream_vec(A* to, const Vec<A>& v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
+#else
+  store_vec(to, v);
+#endif
+}
+
+inline void end_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // to[i] += sum of the lanes of v[i], for four vectors at once: a tree of shuffles, three additions deep per
 // halving.
 template <class A>

@@ -25,6 +25,7 @@ def direction_norm_loss(
     *,
     reduction: Reduction = "mean",
     ignore_index: int = IGNORE,
+    weight: float = 1.0,
 ) -> Tensor:
     """dino-loss: mean of 1 - <f_s, e_y> / max(|f_s|, |f_t|), e_y the unit class mean (KD++, Eq. 5 to 7).
 
@@ -39,6 +40,7 @@ def direction_norm_loss(
         reduction: ``"mean"`` over samples (published code); ``"class_balanced"``: mean over the classes of the batch of
             their means (Eq. 7), for labels only.
         ignore_index: label of samples that do not count.
+        weight: factor on the value.
 
     Returns:
         float32 scalar (float64 where an input is) >= 0, differentiable in every float input. Samples with
@@ -58,7 +60,9 @@ def direction_norm_loss(
         )
     centers, labels = _centers(student, class_means, labels)
     balanced = _balanced(reduction, labels)
-    return direction(student, teacher, centers, labels, ignore_index=ignore_index, balanced=balanced)
+    return direction(
+        student, teacher, centers, labels, ignore_index=ignore_index, balanced=balanced, weight=weight
+    )
 
 
 def _balanced(reduction: str, labels: Tensor | None) -> bool:
@@ -147,16 +151,15 @@ class DirectionNormLoss(_ClassMeansLoss):
         self.reduction, self.ignore_index = reduction, ignore_index
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        loss = direction_norm_loss(
+        return direction_norm_loss(
             student,
             teacher,
             self.class_means,
             labels,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
+            weight=self.weight,
         )
-        # At small sizes a product costs more than the op's arithmetic.
-        return loss if self.weight == 1 else self.weight * loss
 
 
 class DirectionLoss(_ClassMeansLoss):
@@ -199,8 +202,14 @@ class DirectionLoss(_ClassMeansLoss):
         centers, labels = _centers(student, self.class_means, labels)
         balanced = _balanced(self.reduction, labels)
         if self.kind == "cosine":
-            return self.weight * direction(
-                student, None, centers, labels, ignore_index=self.ignore_index, balanced=balanced
+            return direction(
+                student,
+                None,
+                centers,
+                labels,
+                ignore_index=self.ignore_index,
+                balanced=balanced,
+                weight=self.weight,
             )
         if labels is None:
             raise ValueError("labels: kind='infonce' needs labels [B], got a centre per sample")

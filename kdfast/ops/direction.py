@@ -17,7 +17,7 @@ from .. import backend
 from ..kernels import rows_cuda
 from ..reference import direction as reference
 from ..reference._common import accumulator
-from . import _second
+from . import _early, _second
 from ._define import define, kernel, new_gradients, reference_gradients
 
 
@@ -48,6 +48,19 @@ def _reference_backward(grad, student, teacher, centers, labels, factors, total,
     return reference_gradients(call, (student, teacher), (need_student, need_teacher), (grad,))
 
 
+def _fake_with_gradient(student, teacher, centers, labels, ignore_index, balanced, weight):
+    loss = student.new_empty((), dtype=accumulator(student, teacher, centers))
+    return loss, torch.empty_like(student)
+
+
+def _reference_with_gradient(student, teacher, centers, labels, ignore_index, balanced, weight):
+    def call(student):
+        return weight * reference.direction(student, teacher, centers, labels, ignore_index, balanced)
+
+    loss = call(student)
+    return loss, *reference_gradients(call, (student,), (True,), (torch.ones_like(loss),))
+
+
 define(
     "direction",
     "(Tensor student, Tensor? teacher, Tensor centers, Tensor? labels, int ignore_index, bool balanced)"
@@ -55,6 +68,14 @@ define(
     _fake,
     _reference,
     kernel("direction", "direction"),
+)
+define(
+    "direction_with_gradient",
+    "(Tensor student, Tensor? teacher, Tensor centers, Tensor? labels, int ignore_index, bool balanced, float weight)"
+    " -> (Tensor loss, Tensor grad_student)",
+    _fake_with_gradient,
+    _reference_with_gradient,
+    None,
 )
 define(
     "direction_backward",
@@ -105,6 +126,34 @@ class _Direction(torch.autograd.Function):
         return grad_student, grad_teacher if need_teacher else None, None, None, None, None, None
 
 
+class _EarlyDirection(torch.autograd.Function):
+    """Only the student needs a gradient, which the forward computes: see :mod:`._early`."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, arguments: tuple) -> Tensor:
+        loss, ctx.gradient = torch.ops.kdfast.direction_with_gradient(student, *arguments)
+        teacher, centers, labels, *ctx.settings = arguments
+        ctx.save_for_backward(student, teacher, centers, labels)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        student, teacher, centers, labels = ctx.saved_tensors
+        if _second.wanted():
+            *flags, weight = ctx.settings
+            found = _second.gradients(
+                lambda s: weight * reference.direction(s, teacher, centers, labels, *flags),
+                (student,),
+                (True,),
+                (grad,),
+            )
+            return *found, None
+        if ctx.gradient is None:  # a second backward
+            arguments = (student, teacher, centers, labels, *ctx.settings)
+            _, ctx.gradient = torch.ops.kdfast.direction_with_gradient(*arguments)
+        return _early.take(ctx, grad), None
+
+
 def direction(
     student: Tensor,
     teacher: Tensor | None,
@@ -113,8 +162,9 @@ def direction(
     *,
     ignore_index: int = -100,
     balanced: bool = False,
+    weight: float = 1.0,
 ) -> Tensor:
-    """Weighted mean of 1 - <s, e> / max(|s|, |t|): a scalar, see :func:`kdfast.reference.direction.direction`.
+    """``weight`` times the weighted mean of 1 - <s, e> / max(|s|, |t|), see :func:`kdfast.reference.direction.direction`.
 
     Differentiable in student, teacher and centers; centres that need a gradient are the reference's job.
     A label outside [0, K) raises on the CPU; in the GPU kernels, which read no memory for it, it makes the loss NaN.
@@ -125,9 +175,14 @@ def direction(
         rows_cuda.order(student),
         partial(_unsupported, student, teacher, centers),
     )
+    if _early.wanted(chosen, student, teacher):
+        return _EarlyDirection.apply(student, (teacher, centers, labels, ignore_index, balanced, weight))
     if chosen == "reference":
-        return reference.direction(student, teacher, centers, labels, ignore_index, balanced)
-    return _Direction.apply(student, teacher, centers, labels, ignore_index, balanced, chosen == "triton")
+        loss = reference.direction(student, teacher, centers, labels, ignore_index, balanced)
+    else:
+        loss = _Direction.apply(student, teacher, centers, labels, ignore_index, balanced, chosen == "triton")
+    # At small sizes a product costs more than the op's arithmetic.
+    return loss if weight == 1 else weight * loss
 
 
 def _unsupported(student: Tensor, teacher: Tensor | None, centers: Tensor, name: str) -> str | None:

@@ -13,7 +13,7 @@ from ..kernels import rows_cuda
 from ..reference import logits as reference
 from ..reference._common import accumulator
 from ..reference.logits import KINDS
-from . import _second
+from . import _early, _second
 from ._define import define, kernel, new_gradients, reference_gradients
 
 DIST = KINDS.index("dist")
@@ -58,6 +58,21 @@ def _reference_backward(grad, student, teacher, labels, saved, *arguments):
     return reference_gradients(call, (student, teacher), (need_student, need_teacher), (grad,))
 
 
+def _fake_with_gradient(student, teacher, *arguments):
+    return student.new_empty((), dtype=accumulator(student, teacher)), torch.empty_like(student)
+
+
+def _reference_with_gradient(student, teacher, *arguments):
+    loss = reference.logits(student, teacher, *arguments)
+    (gradient, _) = reference_gradients(
+        lambda s, t: reference.logits(s, t, *arguments),
+        (student, teacher),
+        (True, False),
+        (torch.ones_like(loss),),
+    )
+    return loss, gradient
+
+
 define(
     "logits",
     "(Tensor student, Tensor teacher, Tensor? labels, int kind, float alpha, float beta, float temperature,"
@@ -66,6 +81,14 @@ define(
     _reference,
     kernel("logits", "logits"),
     _fake_triton,
+)
+define(
+    "logits_with_gradient",
+    "(Tensor student, Tensor teacher, Tensor? labels, int kind, float alpha, float beta, float temperature,"
+    " int ignore_index) -> (Tensor loss, Tensor grad_student)",
+    _fake_with_gradient,
+    _reference_with_gradient,
+    None,
 )
 define(
     "logits_backward",
@@ -85,17 +108,27 @@ def _unsupported(student: Tensor, teacher: Tensor, name: str) -> str | None:
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor | None, settings: tuple, triton: bool
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        settings: tuple,
+        triton: bool,
+        early: bool,
     ) -> Tensor:
+        ctx.settings, ctx.triton, ctx.early, ctx.gradient = settings, triton, early, None
+        if early:
+            loss, ctx.gradient = torch.ops.kdfast.logits_with_gradient(student, teacher, labels, *settings)
+            ctx.save_for_backward(student, teacher, labels)
+            return loss
         op = torch.ops.kdfast.logits_triton if triton else torch.ops.kdfast.logits
         loss, saved = op(student, teacher, labels, *settings)
         ctx.save_for_backward(student, teacher, labels, saved)
-        ctx.settings, ctx.triton = settings, triton
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        student, teacher, labels, saved = ctx.saved_tensors
+        student, teacher, labels, *saved = ctx.saved_tensors
         need_student, need_teacher = ctx.needs_input_grad[:2]
         if _second.wanted():
             found = _second.gradients(
@@ -104,14 +137,21 @@ class _Logits(torch.autograd.Function):
                 (need_student, need_teacher),
                 (grad,),
             )
-            return *found, None, None, None
+            return *found, None, None, None, None
+        if ctx.early:
+            if ctx.gradient is None:  # a second backward
+                _, ctx.gradient = torch.ops.kdfast.logits_with_gradient(
+                    student, teacher, labels, *ctx.settings
+                )
+            return _early.take(ctx, grad), None, None, None, None, None
         op = torch.ops.kdfast.logits_backward_triton if ctx.triton else torch.ops.kdfast.logits_backward
         grad_student, grad_teacher = op(
-            grad, student, teacher, labels, saved, *ctx.settings, need_student, need_teacher
+            grad, student, teacher, labels, *saved, *ctx.settings, need_student, need_teacher
         )
         return (
             grad_student if need_student else None,
             grad_teacher if need_teacher else None,
+            None,
             None,
             None,
             None,
@@ -136,4 +176,5 @@ def logits(
     )
     if chosen == "reference":
         return reference.logits(student, teacher, labels, *settings)
-    return _Logits.apply(student, teacher, labels, settings, chosen == "triton")
+    early = kind != "dist" and _early.wanted(chosen, student, teacher)
+    return _Logits.apply(student, teacher, labels, settings, chosen == "triton", early)
