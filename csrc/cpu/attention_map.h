@@ -21,11 +21,13 @@
 namespace kd {
 
 KD_DECLARE_ISA(extern const AttentionKernels<float> attention_float;
-               extern const AttentionKernels<double> attention_double;)
+               extern const AttentionKernels<double> attention_double;
+               extern const MaskKernels<float> mask_float; extern const MaskKernels<double> mask_double;)
 
 namespace attention {
 
-constexpr int64_t kChunk = 1024;  // pixels at most
+// Pixels of a chunk: long rows please the prefetcher, short ones give every thread some.
+constexpr int64_t kShortest = 1024, kLongest = 4096, kChunks = 16;
 
 template <class A>
 const AttentionKernels<A>& kernels() {
@@ -33,6 +35,15 @@ const AttentionKernels<A>& kernels() {
     return KD_DISPATCH_ISA(attention_float);
   } else {
     return KD_DISPATCH_ISA(attention_double);
+  }
+}
+
+template <class A>
+const MaskKernels<A>& mask_kernels() {
+  if constexpr (std::is_same_v<A, float>) {
+    return KD_DISPATCH_ISA(mask_float);
+  } else {
+    return KD_DISPATCH_ISA(mask_double);
   }
 }
 
@@ -74,7 +85,7 @@ struct Shape {
   bool planar;
 
   explicit Shape(const Tensor& x) : batch(x.size(0)), channels(x.size(1)), pixels(x.size(2) * x.size(3)) {
-    chunks = ceil_div(pixels, kChunk);
+    chunks = ceil_div(pixels, std::clamp(batch * pixels / kChunks, kShortest, kLongest));
     chunk = padded(ceil_div(pixels, chunks));
     chunks = ceil_div(pixels, chunk);
     planar = reads_planar(x) && !(pixels == 1 && reads_by_pixel(x));
@@ -99,7 +110,6 @@ class Map {
   MapTile tile(int64_t image, int64_t pixel, int64_t row = 0) const {
     return {static_cast<char*>(at(image, pixel)) + row * row_ * size_, row_};
   }
-  int64_t row_stride() const { return row_; }
 
  private:
   static Tensor fitting(const Tensor& x, bool planar) {
@@ -126,8 +136,8 @@ inline Chunk chunk_of(const Shape& s, int64_t task) {
 }
 
 template <class F>
-void for_chunks(const Shape& s, int64_t maps, const F& f) {
-  parallel_for(0, maps * s.tasks(), 1, [&](int64_t begin, int64_t end) { f(begin, end); });
+void for_chunks(const Shape& s, const F& f) {
+  parallel_for(0, s.tasks(), 1, [&](int64_t begin, int64_t end) { f(begin, end); });
 }
 
 template <class A>

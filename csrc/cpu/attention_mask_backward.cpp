@@ -10,6 +10,8 @@ using namespace attention;
 
 namespace {
 
+constexpr int64_t kRowElements = 1 << 14;  // of the rows that one task takes, at least
+
 template <class A>
 struct Parts {
   A grad_loss = 0;
@@ -19,63 +21,72 @@ struct Parts {
   bool with_signed;
 };
 
-// Sign, plain and weight term of `count` pixels (or channels) from `first` on, in the order of the kernel;
-// `all`: how many one map has.
+// Terms of all pixels, or of all channels, `all` of them in the batch. What the forward kept is read in
+// place; sums of several parts are in memory of their own.
 template <class A>
-void terms_of(const Parts<A>& parts, const Small<A>& pooled, const Small<A>& mask, const Small<A>& given,
-              double transfer, double weight, int64_t all, int64_t first, int64_t count, double mean,
-              A* const to[3]) {
-  for (int t = 0; t < 3; ++t) std::fill_n(to[t], padded(count), A(0));
-  const int64_t last = parts.with_signed;
-  if (pooled.get()) {
-    const A* const student = pooled.get() + (pooled.count - parts.maps) * all + first;
-    const A* const teacher = parts.maps == 2 ? student + all : nullptr;
+class Terms {
+ public:
+  Terms(const Parts<A>& parts, const Small<A>& pooled, const Small<A>& mask, const Small<A>& given,
+        double transfer, double weight, int64_t all, double mean) {
+    const int64_t last = parts.with_signed;
     const auto factor = static_cast<A>(parts.side ? -transfer * mean : transfer * mean);
-    for (int64_t i = 0; i < count; ++i) to[last][i] = factor * (student[i] - (teacher ? teacher[i] : A(0)));
+    if (pooled.get()) {
+      const A* const own = pooled.get() + (pooled.count - parts.maps) * all;
+      if (parts.maps == 1 && given.count == 0) {
+        found_.values[last] = own, found_.factors[last] = factor;
+      } else {
+        A* const to = sums(last, all);
+        for (int64_t i = 0; i < all; ++i) to[i] = factor * (own[i] - (parts.maps == 2 ? own[all + i] : A(0)));
+      }
+    }
+    for (int64_t k = 0; k < given.count; ++k) {
+      A* const to = sums(last + 1 - given.count + k, all);
+      for (int64_t i = 0; i < all; ++i) to[i] += given.get()[k * all + i] * static_cast<A>(mean);
+    }
+    found_.values[2] = mask.get(), found_.factors[2] = static_cast<A>(weight);
   }
-  for (int64_t k = 0; k < given.count; ++k) {
-    A* const out = to[last + 1 - given.count + k];
-    for (int64_t i = 0; i < count; ++i) out[i] += given.get()[k * all + first + i] * static_cast<A>(mean);
+  GradientTerms<A> from(int64_t first) const {
+    GradientTerms<A> terms = found_;
+    for (auto& values : terms.values) values = values ? values + first : nullptr;
+    return terms;
   }
-  if (mask.get()) {
-    for (int64_t i = 0; i < count; ++i) to[2][i] = static_cast<A>(weight) * mask.get()[first + i];
-  }
-}
 
+ private:
+  A* sums(int64_t term, int64_t all) {
+    if (sums_[term].empty()) sums_[term].resize(all);
+    found_.values[term] = sums_[term].data(), found_.factors[term] = A(1);
+    return sums_[term].data();
+  }
+
+  GradientTerms<A> found_ = {};
+  std::vector<A> sums_[2];
+};
+
+// Rows are written one after the other, which page faults and prefetchers like best; nothing is summed here.
 template <class A>
 void backward(const Tensor& x, const Tensor& other, const Parts<A>& parts, bool masked, const Tensor& out) {
   const Shape s(out);
   const Dtype dtype = dtype_of(x.scalar_type(), "x");
   const Map xs(x, s), ys(other, s), to(out, s);
   const Small<A> none(std::nullopt, "", 0);
-  const A* terms = parts.terms.get();
   double scale[3] = {};
-  for (int i = 0; i < 3 && terms; ++i) scale[i] = static_cast<double>(parts.grad_loss) * terms[3 + i];
-  for_chunks(s, 1, [&](int64_t begin, int64_t end) {
-    const int64_t wide_channels = padded(s.channels), wide_pixels = padded(s.chunk);
-    std::vector<A> memory(3 * (wide_channels + wide_pixels));
-    A *channels[3], *pixels[3];
-    for (int t = 0; t < 3; ++t) {
-      channels[t] = memory.data() + t * wide_channels;
-      pixels[t] = memory.data() + 3 * wide_channels + t * wide_pixels;
-    }
+  for (int i = 0; i < 3 && parts.terms.get(); ++i) {
+    scale[i] = static_cast<double>(parts.grad_loss) * parts.terms.get()[3 + i];
+  }
+  const Terms<A> pixels(parts, parts.spatial, masked ? parts.spatial_mask : none, parts.grad_spatial,
+                        scale[0], scale[2], s.batch * s.pixels, 1 / static_cast<double>(s.channels)),
+      channels(parts, parts.channel, masked ? parts.channel_mask : none, parts.grad_channel, scale[1], 1.0,
+               s.batch * s.channels, 1 / static_cast<double>(s.pixels));
+  const int64_t rows = s.planar ? s.channels : s.pixels, columns = s.planar ? s.pixels : s.channels;
+  const Terms<A>&of_rows = s.planar ? channels : pixels, &of_columns = s.planar ? pixels : channels;
+  const int64_t step = std::max<int64_t>(kRowElements / columns / 4, 1) * 4, steps = ceil_div(rows, step);
+  parallel_for(0, s.batch * steps, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const Chunk c = chunk_of(s, task);
-      if (task == begin || c.first == 0) {
-        terms_of(parts, parts.channel, masked ? parts.channel_mask : none, parts.grad_channel, scale[1], 1.0,
-                 s.batch * s.channels, c.image * s.channels, s.channels, 1 / static_cast<double>(s.pixels),
-                 channels);
-      }
-      terms_of(parts, parts.spatial, masked ? parts.spatial_mask : none, parts.grad_spatial, scale[0],
-               scale[2], s.batch * s.pixels, c.image * s.pixels + c.first, c.count,
-               1 / static_cast<double>(s.channels), pixels);
-      const A* const rows[3] = {s.planar ? channels[0] : pixels[0], s.planar ? channels[1] : pixels[1],
-                                s.planar ? channels[2] : pixels[2]};
-      const A* const columns[3] = {s.planar ? pixels[0] : channels[0], s.planar ? pixels[1] : channels[1],
-                                   s.planar ? pixels[2] : channels[2]};
-      kernels<A>().gradient(dtype, xs.tile(c.image, c.first), ys.tile(c.image, c.first),
-                            s.planar ? s.channels : c.count, s.planar ? c.count : s.channels, rows, columns,
-                            to.at(c.image, c.first), to.row_stride());
+      const int64_t image = task / steps, row = task % steps * step;
+      const MapTile tile = to.tile(image, 0, row);
+      kernels<A>().gradient(dtype, xs.tile(image, 0, row), ys.tile(image, 0, row), std::min(step, rows - row),
+                            columns, of_rows.from(image * rows + row), of_columns.from(image * columns),
+                            const_cast<void*>(tile.data), tile.row_stride);
     }
   });
 }

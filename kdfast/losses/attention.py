@@ -159,52 +159,69 @@ class AttentionGuidedLoss(Loss):
         return cls(channels, **(PRESETS[name] | changes))
 
     def forward(self, student: Levels, teacher: Levels) -> Tensor:
-        return self.weight * self.terms(student, teacher)[0].float()
+        loss = total([loss for loss, _ in self._levels(student, teacher)]).float()
+        return loss if self.weight == 1 else self.weight * loss
 
     def terms(self, student: Levels, teacher: Levels) -> tuple[Tensor, Tensor, Tensor]:
         """transfer_weight * L_AT + masked_weight * L_AM, and both terms of this sum by themselves, detached."""
-        pairs = levels(student, teacher)
-        if len(self.adaptation) not in (0, len(pairs)):
+        found = self._levels(student, teacher)
+        transfer = total([self.transfer_weight * (d[0] + d[1]) for _, d in found])
+        return (
+            total([loss for loss, _ in found]),
+            transfer,
+            total([self.masked_weight * d[2] for _, d in found]),
+        )
+
+    def _levels(self, student: Levels, teacher: Levels) -> list[tuple[Tensor, Sequence[Tensor]]]:
+        """Of every level: loss; distances of spatial and of channel attention, and of the masked maps, detached."""
+        pairs, layers = levels(student, teacher), self.adaptation
+        if not len(layers):
+            return [self._plain(s, t) for s, t in pairs]
+        if len(layers) != len(pairs):
             raise ValueError(
-                f"channels: adaptation layers were made for {len(self.adaptation)} levels, got {len(pairs)}; give "
+                f"channels: adaptation layers were made for {len(layers)} levels, got {len(pairs)}; give "
                 f"channels as a list with one entry per level"
             )
-        layers = self.adaptation or [None] * len(pairs)
-        found = [self._level(s, t, layer) for (s, t), layer in zip(pairs, layers, strict=True)]
-        loss, transfer, masked = (total(list(v)) for v in zip(*found, strict=True))
-        return loss, transfer, masked
+        return [self._adapted(s, t, layer) for (s, t), layer in zip(pairs, layers, strict=True)]
 
-    def _level(
-        self, student: Tensor, teacher: Tensor, layer: _Adaptation | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _check_maps(student, teacher, one_width=layer is None)
-        settings = {
+    def _settings(self) -> dict[str, Any]:
+        return {
             "temperature": self.temperature,
             "masked_weight": self.masked_weight,
             "softmax_of_sum": self.mask == "softmax_of_sum",
             "channel_mask": self.channel_mask,
             "detach_mask": self.detach_mask,
+            "signed": self.pooling == "signed",
         }
-        signed = self.pooling == "signed"
-        if layer is None:
-            weight = self.transfer_weight
-            loss, distances, *_ = attention_mask(
-                student, teacher, transfer_weight=weight, signed=signed, pooled=False, **settings
-            )
-            return loss, weight * (distances[0] + distances[1]), self.masked_weight * distances[2]
+
+    def _plain(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        _check_maps(student, teacher, one_width=True)
+        return attention_mask(
+            student, teacher, transfer_weight=self.transfer_weight, pooled=False, **self._settings()
+        )
+
+    def _adapted(
+        self, student: Tensor, teacher: Tensor, layer: _Adaptation
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        _check_maps(student, teacher, one_width=False)
         layer.check(student, teacher)
-        adapted = layer.feature(student)
+        adapted, settings = layer.feature(student), self._settings()
         if student.shape == teacher.shape:
-            masked, _, spatial, channel = attention_mask(
-                student, teacher, adapted, transfer_weight=0.0, signed=signed, **settings
+            masked, distances, spatial, channel = attention_mask(
+                student, teacher, adapted, transfer_weight=0.0, **settings
             )
         else:
-            masked, *_ = attention_mask(adapted, teacher, transfer_weight=0.0, pooled=False, **settings)
-            pooled = [attention_pool(v, signed=signed) for v in (student, teacher)]
+            masked, distances = attention_mask(
+                adapted, teacher, transfer_weight=0.0, pooled=False, **settings
+            )
+            pooled = [attention_pool(v, signed=settings["signed"]) for v in (student, teacher)]
             spatial, channel = ([p[i][-1] for p in pooled] for i in (0, 1))
-        transfer = torch.dist(layer.spatial(spatial[0]), spatial[1])
-        transfer = self.transfer_weight * (transfer + torch.dist(layer.channel(channel[0]), channel[1]))
-        return masked + transfer, transfer.detach(), masked.detach()
+        transfers = [
+            torch.dist(layer.spatial(spatial[0]), spatial[1]),
+            torch.dist(layer.channel(channel[0]), channel[1]),
+        ]
+        loss = masked + self.transfer_weight * (transfers[0] + transfers[1])
+        return loss, [*(v.detach() for v in transfers), distances[2]]
 
 
 class _Adaptation(nn.Module):
@@ -247,12 +264,15 @@ def _check_settings(temperature: float, name: str, mode: str) -> None:
 
 def _check_maps(student: Tensor, teacher: Tensor, one_width: bool) -> None:
     check_pair(student, teacher)
-    both = f"student {describe(student)}, teacher {describe(teacher)}"
-    if student.dim() != 4 or teacher.dim() != 4 or student.shape[2:] != teacher.shape[2:]:
-        raise ValueError(f"student and teacher need maps [B, C, H, W] of one size H x W, got {both}")
-    if 0 in student.shape[1:] or 0 in teacher.shape[1:]:
-        raise ValueError(f"student and teacher need at least one channel and one pixel, got {both}")
-    if one_width and student.shape[1] != teacher.shape[1]:
-        raise ValueError(
-            f"student and teacher need equally many channels unless channels= gives adaptation layers, got {both}"
-        )
+    one, other = student.shape, teacher.shape
+    if len(one) != 4 or len(other) != 4 or one[2:] != other[2:]:
+        problem = "need maps [B, C, H, W] of one size H x W"
+    elif 0 in one[1:] or 0 in other[1:]:
+        problem = "need at least one channel and one pixel"
+    elif one_width and one[1] != other[1]:
+        problem = "need equally many channels unless channels= gives adaptation layers"
+    else:
+        return
+    raise ValueError(
+        f"student and teacher {problem}, got student {describe(student)}, teacher {describe(teacher)}"
+    )

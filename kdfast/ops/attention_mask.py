@@ -170,8 +170,15 @@ define(
 )
 
 
+_OPS = {
+    (name, triton): getattr(torch.ops.kdfast, f"{name}_triton" if triton else name).default
+    for name in ("attention_pool", "attention_mask", "masked_distance", "attention_mask_backward")
+    for triton in (False, True)
+}
+
+
 def _op(name: str, triton: bool):
-    return getattr(torch.ops.kdfast, f"{name}_triton" if triton else name)
+    return _OPS[name, triton]
 
 
 class _AttentionMask(torch.autograd.Function):
@@ -350,7 +357,8 @@ def attention_mask(
     settings = Settings(
         *map(float, weights), softmax_of_sum, channel_mask, signed, through, pooled or through
     )
-    return _AttentionMask.apply(student, teacher, adapted, settings, chosen == "triton")
+    found = _AttentionMask.apply(student, teacher, adapted, settings, chosen == "triton")
+    return found if pooled else found[:2]
 
 
 def _choose(op: str, x: Tensor) -> str:
@@ -365,5 +373,6 @@ def _one_dtype(*maps: Tensor | None) -> list[Tensor | None]:
     dtypes = [m.dtype for m in maps if m is not None]
     widest = dtypes[0]
     for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return [None if m is None else m.to(widest) for m in maps]
+        if dtype is not widest:
+            widest = torch.promote_types(widest, dtype)
+    return [m if m is None or m.dtype is widest else m.to(widest) for m in maps]
