@@ -19,7 +19,7 @@ def define(
     signature: str,
     fake: Callable,
     reference: Callable,
-    triton: Callable,
+    triton: Callable | None,
     triton_fake: Callable | None = None,
 ) -> None:
     """Define ``kdfast::name`` (C++ on CPU and CUDA, else the reference) and ``kdfast::name_triton``.
@@ -28,14 +28,16 @@ def define(
         signature: the schema's argument and result part, ``"(Tensor x) -> Tensor"``.
         fake: shapes, dtypes and strides of the results; must hold for every implementation.
         reference: plain PyTorch implementation, used where no kernel is registered.
-        triton: implementation by Triton kernels; imports Triton when first called.
+        triton: implementation by Triton kernels; imports Triton when first called. None: there is no ``name_triton``.
         triton_fake: where a result that only the backward reads has another layout there.
     """
-    for op, op_fake in ((name, fake), (f"{name}_triton", triton_fake or fake)):
+    ops = ((name, fake), (f"{name}_triton", triton_fake or fake)) if triton else ((name, fake),)
+    for op, op_fake in ops:
         _library.define(op + signature, tags=_tags)
         torch.library.register_fake(f"kdfast::{op}", op_fake, lib=_library)
     _library.impl(name, reference, "CompositeExplicitAutograd")
-    _library.impl(f"{name}_triton", triton, "CompositeExplicitAutograd")
+    if triton:
+        _library.impl(f"{name}_triton", triton, "CompositeExplicitAutograd")
 
 
 def kernel(module: str, name: str) -> Callable:
