@@ -12,6 +12,7 @@
 #include "cpu/feature_augment_ops.h"
 #include "cpu/gram_ops.h"
 #include "cpu/logits_ops.h"
+#include "cpu/masked_error_ops.h"
 #include "cpu/patch_gram.h"
 #ifdef KD_WITH_CUDA
 #include "cuda/attention_mask_ops.h"
@@ -39,6 +40,10 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("logits", TORCH_BOX(&kd::logits_cpu));
   m.impl("logits_backward", TORCH_BOX(&kd::logits_backward_cpu));
   m.impl("logits_with_gradient", TORCH_BOX(&kd::logits_with_gradient_cpu));
+  m.impl("area_mask", TORCH_BOX(&kd::area_mask_cpu));
+  m.impl("masked_error", TORCH_BOX(&kd::masked_error_cpu));
+  m.impl("masked_error_backward", TORCH_BOX(&kd::masked_error_backward_cpu));
+  m.impl("masked_error_with_gradient", TORCH_BOX(&kd::masked_error_with_gradient_cpu));
   m.impl("patch_gram", TORCH_BOX(&kd::patch_gram_cpu));
   m.impl("patch_gram_backward", TORCH_BOX(&kd::patch_gram_backward_cpu));
 }

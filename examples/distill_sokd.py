@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from _digits import ConvNet, Digits, Split, student_net, teacher_net
-from _report import _markdown, _write_csv, accuracy_rows, plt
+from _report import COLOURS, _markdown, _write_csv, accuracy_rows, plt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -124,7 +124,11 @@ def build(
 
 @torch.no_grad()
 def draw(path: Path, loss: SoKDLoss, student: ConvNet, teacher: ConvNet, images: Tensor) -> None:
-    """A row per digit: the image, the teacher's map as it is and refined, and the areas over the student's map."""
+    """A row per digit: the image, the teacher's map as it is and refined, and the areas over the student's map.
+
+    Maps are means over channels. The refined one has had both operations of the frozen policy, though each is drawn with
+    its probability only; it shares its colours with the teacher's.
+    """
     student.eval(), loss.eval()
     level = 0
     seen = loss.adapters[level](maps(student, images)[level])
@@ -132,31 +136,52 @@ def draw(path: Path, loss: SoKDLoss, student: ConvNet, teacher: ConvNet, images:
     boxes = area.decode(area.maps(seen))
     mask = area.mask(boxes, *seen.shape[2:])
     target = maps(teacher, images)[level]
-    refined = loss.augmentation.augment(target)
+    drawn = loss.augmentation.draw()
+    refined = loss.augmentation.augment(target, drawn._replace(applied=(True,) * len(drawn.applied)))
     panels = {
         "image": images[:, 0],
         "teacher's map": target.mean(1),
-        "refined": refined.mean(1),
-        "student's map, areas": seen.mean(1),
-        "areas over a pixel": mask[:, 0],
+        "refined by the policy": refined.mean(1),
+        "adapted student's map,\nits areas": seen.mean(1),
+        "areas over each pixel\n(its weight in the loss)": mask[:, 0],
     }
     figure, axes = plt.subplots(
-        len(images), len(panels), figsize=(10, 1.9 * len(images)), layout="constrained"
+        len(images), len(panels), figsize=(10, 1.9 * len(images) + 0.6), layout="constrained"
     )
     for row, line in enumerate(axes):
-        for axis, (title, values) in zip(line, panels.items(), strict=True):
-            axis.imshow(values[row], cmap="gray" if title == "image" else "viridis")
+        shared = torch.stack([target.mean(1)[row], refined.mean(1)[row]])
+        for column, (axis, (title, values)) in enumerate(zip(line, panels.items(), strict=True)):
+            settings = {"cmap": "gray" if column == 0 else "viridis"}
+            if column in (1, 2):
+                settings |= {"vmin": float(shared.min()), "vmax": float(shared.max())}
+            if column == 4:
+                settings = {"cmap": "Blues", "vmin": 0, "vmax": len(boxes[row])}
+            axis.imshow(values[row], **settings)
             axis.set(xticks=[], yticks=[])
             if row == 0:
                 axis.set_title(title, fontsize=10)
-            if title.endswith("areas"):
-                for x1, y1, x2, y2 in boxes[row].tolist():
-                    if x2 >= x1:
-                        corner, size = (x1 - 0.5, y1 - 0.5), (x2 - x1 + 1, y2 - y1 + 1)
-                        axis.add_patch(plt.Rectangle(corner, *size, fill=False, edgecolor="#c8703a"))
-    figure.suptitle("policy: " + loss.augmentation.describe(1).splitlines()[-1].strip(), fontsize=9)
+            if column == 3:
+                _outline(axis, boxes[row].tolist())
+            if column == 4:
+                for y, counts in enumerate(values[row].int().tolist()):
+                    for x, count in enumerate(counts):
+                        axis.text(x, y, count or "", ha="center", va="center", fontsize=7)
+    weight, chain = loss.augmentation.describe(1).splitlines()[-1].strip().split("  ", 1)
+    title = f"policy kept of {len(loss.augmentation.policies)} (weight {weight}): {chain}"
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _outline(axis, boxes: list[list[int]]) -> None:
+    """Boxes (x1, y1, x2, y2), each a little smaller than the one before, so that no side hides another."""
+    for i, (x1, y1, x2, y2) in enumerate(boxes):
+        if x2 < x1 or y2 < y1:
+            continue
+        inset = 0.44 - 0.1 * (i % 4)
+        corner, size = (x1 - inset, y1 - inset), (x2 - x1 + 2 * inset, y2 - y1 + 2 * inset)
+        for colour, width in (("white", 3), (COLOURS[1:][i % 5], 1.5)):
+            axis.add_patch(plt.Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=width))
 
 
 def arguments() -> argparse.Namespace:

@@ -137,11 +137,51 @@ def test_cpu(chain, shape):
     check("cpu", shape, chain, torch.float64, floor=1e-12)
 
 
+# Channels are resampled 16 at a time, and pixels: whole groups of both, and groups with a rest.
+@needs_extension
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (2, 37, 5, 9), (1, 20, 1, 3), (1, 33, 24, 24)])
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: "+".join(name for name, *_ in chain) or "nothing")
+def test_groups_of_channels(chain, shape):
+    check("cpu", shape, chain)
+    check("cpu", shape, chain, torch.bfloat16, floor=2e-2)
+
+
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     for chain in CHAINS:
         check("cpu", (2, 3, 6, 7), chain, dtype, floor=2e-3)
+
+
+COPIES = (
+    [("cutout", 0.5, 3)],
+    [("channel_drop", 0.4, 7)],
+    [("cutout", 0.5, 3), ("channel_drop", 0.4, 7), ("cutout", 0.3, 1)],
+    [("channel_shuffle", 0.0, 7)],
+    [("channel_drop", 0.4, 7), ("channel_shuffle", 0.0, 3), ("cutout", 0.5, 3)],
+)
+
+
+@needs_extension
+@pytest.mark.parametrize("chain", COPIES, ids=lambda chain: "+".join(name for name, *_ in chain))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_copies(chain, dtype):
+    """Without warp and noise rows are copied under a mask: exactly, whatever their length and layout."""
+    for shape in ((2, 5, 7, 7), (1, 3, 2, 3), (2, 40, 8, 8), (1, 2, 30, 33), (3, 4, 1, 1)):
+        check("cpu", shape, chain, dtype, floor=0.0)
+        check("cpu", shape, chain, dtype, floor=0.0, memory_format=torch.channels_last)
+        check("cpu", shape, chain, dtype, floor=0.0, sliced=True)
+
+
+@needs_extension
+def test_infinity_stays_where_it_is():
+    """A tap of weight 0, a cut or a dropped channel does not turn an infinity elsewhere into NaN."""
+    x = torch.ones(1, 20, 6, 6)
+    x[:, :, 0, 0] = math.inf
+    y = augmented(x, ("translate_x", 2 / 6, 0))
+    assert y[..., 3:].isfinite().all() and (y[..., 0, 2] == math.inf).all() and not y[..., :2].any()
+    y = augmented(torch.full((1, 20, 6, 6), math.inf), ("channel_drop", 0.5, 1), ("cutout", 0.5, 2))
+    assert ((y == 0) | (y == math.inf)).all() and (y == 0).any()
 
 
 @needs_extension

@@ -71,8 +71,8 @@ def _case(shape: tuple[int, ...], source: str, dtype=torch.float32, channels_las
         source=source,
         loss=_loss,
         make=make,
-        # Both maps once forward; both again and the gradient backward.
-        bytes=5 * elements * dtype.itemsize,
+        # Both maps read and the gradient written, in one pass.
+        bytes=3 * elements * dtype.itemsize,
         flops=(4 + 3) * elements,
         dtype=dtype,
         layout="channels_last" if channels_last else "contiguous",

@@ -1,5 +1,5 @@
 // Op direction on the CPU: threads over rows, and from the sums of each row to the loss, its weights and the
-// factors of the backward. Formulas: METHODS 2.2 as written in kdfast/reference/direction.py.
+// factors of the backward. Formulas: kdfast/reference/direction.py.
 
 #include "cpu/direction.h"
 

@@ -1,286 +1,233 @@
-// Op feature_augment on the CPU: one thread takes a channel of an image through the whole chain in its cache,
-// so that memory is read once and written once. Chains: kdfast/reference/feature_augment.py.
+// Op feature_augment on the CPU. Chains: kdfast/reference/feature_augment.py.
 //
-// Memory beside the result: two planes per thread, and for each warp the places and weights of its taps, four
-// per pixel forward and as many as reach a pixel backward.
+// Without warp and noise a chain copies rows under a mask: channels where a map is NCHW, pixels where it is
+// channels_last. Else a thread takes 16 channels of an image through the whole chain in its cache, so that
+// memory is read once and written once; beside the result it then has these planes a second time, side by
+// side, and all threads share the taps of each warp, four per pixel.
 
 #include "cpu/feature_augment.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
-#include <utility>
+#include <memory>
 #include <vector>
 
 #include "common/dtype.h"
 #include "common/gradient.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "cpu/feature_augment_chain.h"
 #include "cpu/feature_augment_ops.h"
 
 namespace kd {
 
 KD_DECLARE_ISA(extern const AugmentKernels<float> augment_float;
-               extern const AugmentKernels<double> augment_double;)
+               extern const AugmentKernels<double> augment_double;
+               void augment_rows(const AugmentRows& rows, int64_t begin, int64_t end);)
 
 namespace {
 
-using torch::stable::Tensor;
+using namespace augment;
 
-enum Kind : int { kWarp, kCutout, kNoise, kChannels };  // as in the reference
-constexpr int64_t kNumbers = 7;
-constexpr int64_t kTaskPixels = 16384;  // for a thread to be worth its start
-
-// The taps of every pixel of a result, gathered pixel by pixel, then laid out with pixels last.
-template <class A>
-class Table {
- public:
-  Table(int64_t pixels, const std::vector<std::vector<std::pair<int32_t, A>>>& taps) {
-    padded_ = (pixels + kAugmentPadding - 1) / kAugmentPadding * kAugmentPadding;
-    for (const auto& of_pixel : taps) taps_ = std::max(taps_, static_cast<int64_t>(of_pixel.size()));
-    place_.resize(taps_ * padded_);
-    weight_.resize(taps_ * padded_);
-    for (int64_t p = 0; p < pixels; ++p) {
-      for (size_t k = 0; k < taps[p].size(); ++k) {
-        place_[static_cast<int64_t>(k) * padded_ + p] = taps[p][k].first;
-        weight_[static_cast<int64_t>(k) * padded_ + p] = taps[p][k].second;
-      }
-    }
-  }
-  AugmentTable<A> get() const { return {place_.data(), weight_.data(), taps_, padded_}; }
-
- private:
-  std::vector<int32_t> place_;
-  std::vector<A> weight_;
-  int64_t taps_ = 0, padded_ = 0;
-};
-
-struct Step {
-  Kind kind;
-  double numbers[kNumbers - 1];
-};
-
-struct Size {
-  int64_t batch, channels, height, width;
-  int64_t pixels() const { return height * width; }
-};
-
-// f(pixel of the result, pixel of the input, weight) for every tap that lies inside the map.
-template <class F>
-void for_taps(const double* m, const Size& size, const F& f) {
-  const double cx = 0.5 * static_cast<double>(size.width - 1),
-               cy = 0.5 * static_cast<double>(size.height - 1);
-  for (int64_t i = 0; i < size.height; ++i) {
-    for (int64_t j = 0; j < size.width; ++j) {
-      const double x = static_cast<double>(j) - cx, y = static_cast<double>(i) - cy;
-      const double u = m[0] * x + m[1] * y + m[2] + cx, v = m[3] * x + m[4] * y + m[5] + cy;
-      // Far outside (or NaN): no tap, and no conversion to an integer that it does not fit.
-      if (!(u > -1 && u < static_cast<double>(size.width) && v > -1 &&
-            v < static_cast<double>(size.height))) {
-        continue;
-      }
-      const double u0 = std::floor(u), v0 = std::floor(v);
-      for (int64_t k = 0; k < 4; ++k) {
-        const int64_t column = static_cast<int64_t>(u0) + k % 2, row = static_cast<int64_t>(v0) + k / 2;
-        if (column < 0 || column >= size.width || row < 0 || row >= size.height) continue;
-        const double weight = (k % 2 ? u - u0 : 1 - (u - u0)) * (k / 2 ? v - v0 : 1 - (v - v0));
-        if (weight != 0) f(i * size.width + j, row * size.width + column, weight);
-      }
-    }
-  }
-}
-
-template <class A>
-Table<A> table(const double* matrix, const Size& size, bool adjoint) {
-  std::vector<std::vector<std::pair<int32_t, A>>> taps(size.pixels());
-  for_taps(matrix, size, [&](int64_t result, int64_t input, double weight) {
-    if (adjoint) std::swap(result, input);
-    taps[result].emplace_back(static_cast<int32_t>(input), static_cast<A>(weight));
-  });
-  return Table<A>(size.pixels(), taps);
-}
-
-// The chain, and for each of its results the channel that every channel of the last result showed there.
-class Chain {
- public:
-  Chain(const Tensor& steps, const Tensor& channels, const Size& size) : size_(size) {
-    KD_CHECK(steps.dim() == 2 && steps.size(1) == kNumbers && steps.scalar_type() == ScalarType::Double &&
-                 steps.is_contiguous(),
-             "feature_augment: steps must be contiguous float64 [S, ", kNumbers, "]");
-    KD_CHECK(channels.dim() == 2 && channels.size(1) == size.channels &&
-                 channels.scalar_type() == ScalarType::Int && channels.is_contiguous(),
-             "feature_augment: channels must be contiguous int32 [K, ", size.channels, "]");
-    const auto* numbers = static_cast<const double*>(steps.const_data_ptr());
-    for (int64_t s = 0; s < steps.size(0); ++s, numbers += kNumbers) {
-      Step step{static_cast<Kind>(static_cast<int>(numbers[0])), {}};
-      std::copy(numbers + 1, numbers + kNumbers, step.numbers);
-      steps_.push_back(step);
-    }
-    trace(channels);
-  }
-
-  const std::vector<Step>& steps() const { return steps_; }
-  int64_t count() const { return static_cast<int64_t>(steps_.size()); }
-  // -1: that channel is 0 there, whatever came before.
-  int64_t channel(int64_t before_step, int64_t of_result) const {
-    return shown_[before_step * size_.channels + of_result];
-  }
-  // Where channel c of the result stops being 0: the step from which it has to be computed.
-  int64_t first(int64_t of_result) const {
-    int64_t s = count();
-    while (s > 0 && channel(s - 1, of_result) >= 0) --s;
-    return s;
-  }
-
- private:
-  void trace(const Tensor& channels) {
-    const auto* rows = static_cast<const int32_t*>(channels.const_data_ptr());
-    shown_.resize((count() + 1) * size_.channels);
-    for (int64_t c = 0; c < size_.channels; ++c) shown_[count() * size_.channels + c] = c;
-    for (int64_t s = count() - 1; s >= 0; --s) {
-      const Step& step = steps_[s];
-      KD_CHECK(kWarp <= step.kind && step.kind <= kChannels, "feature_augment: steps: unknown kind ",
-               static_cast<int>(step.kind));
-      const auto row = static_cast<int64_t>(step.numbers[0]);
-      KD_CHECK(step.kind != kChannels || (0 <= row && row < channels.size(0)),
-               "feature_augment: steps name row ", row, " of ", channels.size(0), " rows of channels");
-      for (int64_t c = 0; c < size_.channels; ++c) {
-        int64_t shown = shown_[(s + 1) * size_.channels + c];
-        if (step.kind == kChannels && shown >= 0) shown = rows[row * size_.channels + shown];
-        KD_CHECK(-1 <= shown && shown < size_.channels, "feature_augment: channels: got ", shown, " of ",
-                 size_.channels);
-        shown_[s * size_.channels + c] = shown;
-      }
-    }
-  }
-
-  Size size_;
-  std::vector<Step> steps_;
-  std::vector<int64_t> shown_;  // [S + 1, C]
-};
+constexpr int64_t kTaskElements = 16384;  // for a thread to be worth its start
+constexpr int64_t kTaskBytes = 1 << 17;   // the same, of copies
 
 // The planes of a tensor [B, C, H, W]; asks it for its strides once.
 class Maps {
  public:
   explicit Maps(const Tensor& x)
       : data_(const_cast<char*>(static_cast<const char*>(x.const_data_ptr()))),
-        image_(x.stride(0) * static_cast<int64_t>(x.element_size())),
-        channel_(x.stride(1) * static_cast<int64_t>(x.element_size())),
+        size_(static_cast<int64_t>(x.element_size())),
+        image_(x.stride(0) * size_),
+        channel_(x.stride(1) * size_),
         plane_{nullptr, dtype_of(x.scalar_type(), "x"), x.size(2), x.size(3), x.stride(2), x.stride(3)} {}
+  char* image(int64_t image) const { return data_ + image * image_; }
   AugmentPlane operator()(int64_t image, int64_t channel) const {
     AugmentPlane plane = plane_;
-    plane.data = data_ + image * image_ + channel * channel_;
+    plane.data = this->image(image) + channel * channel_;
     return plane;
+  }
+  int64_t element_size() const { return size_; }
+  int64_t channel_bytes() const { return channel_; }
+  int64_t pixel_bytes() const { return plane_.column_stride * size_; }
+  bool dense_planes() const { return plane_.column_stride == 1 && plane_.row_stride == plane_.width; }
+  bool dense_pixels() const {
+    return channel_ == size_ && plane_.row_stride == plane_.width * plane_.column_stride;
+  }
+  // The plane itself where kernels can read and write it, else null.
+  template <class A>
+  A* direct(int64_t image, int64_t channel) const {
+    const bool direct = dense_planes() && plane_.dtype == (sizeof(A) == 8 ? Dtype::f64 : Dtype::f32);
+    return direct ? static_cast<A*>((*this)(image, channel).data) : nullptr;
   }
 
  private:
   char* data_;
-  int64_t image_, channel_;
+  int64_t size_, image_, channel_;
   AugmentPlane plane_;
 };
 
-template <class A>
-void cut(A* values, const double* box, int64_t width) {
+// f(row, column begin, column end) for the rows of a box.
+template <class F>
+void for_box(const double* box, const F& f) {
   const auto top = static_cast<int64_t>(box[0]), left = static_cast<int64_t>(box[1]),
              bottom = static_cast<int64_t>(box[2]), right = static_cast<int64_t>(box[3]);
-  for (int64_t r = top; r < bottom; ++r)
-    std::fill(values + r * width + left, values + r * width + right, A{});
+  for (int64_t r = top; r < bottom; ++r) f(r, left, right);
 }
 
-// Two planes of a thread; a warp goes from one to the other.
 template <class A>
-class Planes {
+void cut(A* values, const double* box, int64_t width, A value = {}) {
+  for_box(box, [&](int64_t r, int64_t left, int64_t right) {
+    std::fill(values + r * width + left, values + r * width + right, value);
+  });
+}
+
+// A chain without warp, and without noise where that counts: copies; source[c] is the channel that c shows,
+// or -1. False where rows of the two maps are not contiguous.
+bool copy_rows(const Chain& chain, const Size& size, const std::vector<int32_t>& source, const Maps& from,
+               const Maps& to) {
+  const int64_t item = from.element_size();
+  std::vector<uint8_t> kept(size.pixels(), 0xFF);
+  for (const Step& step : chain.steps()) {
+    if (step.kind == kCutout) cut<uint8_t>(kept.data(), step.numbers, size.width);
+  }
+  std::vector<uint8_t> mask;  // of a row
+  std::vector<int32_t> rows;  // that each row shows
+  AugmentRows copied{};
+  if (from.dense_planes() && to.dense_planes()) {
+    rows = source;
+    copied.from_stride = from.channel_bytes(), copied.to_stride = to.channel_bytes();
+    if (chain.has(kCutout)) {
+      for (uint8_t keep : kept) mask.insert(mask.end(), item, keep);
+    }
+    copied.bytes = size.pixels() * item;
+  } else if (from.dense_pixels() && to.dense_pixels()) {
+    for (int64_t c = 0; c < size.channels; ++c) {
+      if (source[c] >= 0 && source[c] != c) return false;
+      mask.insert(mask.end(), item, source[c] < 0 ? 0 : 0xFF);
+    }
+    for (int64_t p = 0; p < size.pixels(); ++p) rows.push_back(kept[p] ? static_cast<int32_t>(p) : -1);
+    copied.from_stride = from.pixel_bytes(), copied.to_stride = to.pixel_bytes();
+    copied.bytes = size.channels * item;
+  } else {
+    return false;
+  }
+  copied.source = rows.data();
+  copied.keep = mask.empty() ? nullptr : mask.data();
+  const auto count = static_cast<int64_t>(rows.size());
+  parallel_for(0, size.batch * count, std::max<int64_t>(1, kTaskBytes / copied.bytes),
+               [&](int64_t begin, int64_t end) {
+                 while (begin < end) {
+                   const int64_t image = begin / count, first = image * count;
+                   const int64_t last = std::min(end, first + count);
+                   AugmentRows of_image = copied;
+                   of_image.from = from.image(image), of_image.to = to.image(image);
+                   KD_DISPATCH_ISA(augment_rows(of_image, begin - first, last - first));
+                   begin = last;
+                 }
+               });
+  return true;
+}
+
+// A channel on its way through the chain: where it comes from (-1: zeros) and goes to, and from which step on
+// it is not all 0.
+struct Member {
+  int64_t from, to, first;
+};
+
+// Takes up to 16 channels through the chain, or back through its adjoint; one per thread.
+template <class A, bool kForward>
+class Worker {
  public:
-  explicit Planes(int64_t pixels)
-      : padded_((pixels + kAugmentPadding - 1) / kAugmentPadding * kAugmentPadding), data_(2 * padded_) {}
-  A* get() { return data_.data() + side_ * padded_; }
-  void warp(const AugmentKernels<A>& kernels, const Table<A>& table) {
-    const A* from = get();
-    side_ = 1 - side_;
-    kernels.resample(table.get(), from, get());
+  Worker(const AugmentKernels<A>& kernels, const Chain& chain, const Size& size,
+         const std::vector<Table<A>>& warps, const Maps& from, const Maps& to)
+      : kernels_(kernels), chain_(chain), size_(size), warps_(warps), from_(from), to_(to) {
+    const int64_t pixels = size.pixels();
+    if (!warps.empty()) lanes_.reset(new A[(pixels + 1) * kAugmentLanes]);
+    if (!to.template direct<A>(0, 0)) planes_.reset(new A[pixels * kAugmentLanes]);
+  }
+
+  void run(int64_t image, const Member* members, int64_t count) {
+    const int64_t pixels = size_.pixels();
+    for (int64_t i = 0; i < count; ++i) {
+      const Member& m = members[i];
+      work_[i] = planes_ ? planes_.get() + i * pixels : to_.template direct<A>(image, m.to);
+      now_[i] = m.from < 0 ? nullptr : from_.template direct<A>(image, m.from);
+      if (now_[i]) continue;
+      now_[i] = work_[i];
+      if (m.from < 0) {
+        std::fill_n(work_[i], pixels, A{});
+      } else {
+        kernels_.load(from_(image, m.from), work_[i]);
+      }
+    }
+    std::fill(now_ + count, now_ + kAugmentLanes, now_[0]);
+    size_t warp = kForward ? 0 : warps_.size();
+    for (int64_t k = 0; k < chain_.count(); ++k) {
+      const int64_t s = kForward ? k : chain_.count() - 1 - k;
+      const Step& step = chain_.steps()[s];
+      if (step.kind == kWarp) {
+        const Table<A>& table = warps_[kForward ? warp++ : --warp];
+        kernels_.interleave(now_, pixels, lanes_.get());
+        kernels_.resample(table.get(), lanes_.get(), work_, count);
+        std::copy_n(work_, count, now_);
+        std::fill(now_ + count, now_ + kAugmentLanes, now_[0]);
+        continue;
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        if (s < members[i].first) continue;  // 0 whatever happens
+        if (step.kind == kCutout) {
+          own(i);
+          cut(work_[i], step.numbers, size_.width);
+        } else if (step.kind == kNoise && kForward) {
+          own(i);
+          const int64_t place = (image * size_.channels + chain_.channel(s, members[i].to)) * pixels;
+          kernels_.add_noise(work_[i], pixels, place, static_cast<A>(step.numbers[0]),
+                             static_cast<uint32_t>(step.numbers[1]), static_cast<uint32_t>(step.numbers[2]));
+        }
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      own(i);
+      if (planes_) kernels_.store(work_[i], to_(image, members[i].to));
+    }
   }
 
  private:
-  int64_t padded_, side_ = 0;
-  std::vector<A> data_;
+  // Before a plane is changed in place, or kept.
+  void own(int64_t i) {
+    if (now_[i] == work_[i]) return;
+    std::copy_n(now_[i], size_.pixels(), work_[i]);
+    now_[i] = work_[i];
+  }
+
+  const AugmentKernels<A>& kernels_;
+  const Chain& chain_;
+  const Size& size_;
+  const std::vector<Table<A>>& warps_;
+  const Maps &from_, &to_;
+  std::unique_ptr<A[]> lanes_;   // side by side, and a pixel of zeros
+  std::unique_ptr<A[]> planes_;  // where the result's own cannot be worked in
+  A* work_[kAugmentLanes];
+  const A* now_[kAugmentLanes];
 };
 
-template <class A>
-std::vector<Table<A>> tables(const Chain& chain, const Size& size, bool adjoint) {
-  std::vector<Table<A>> found;
+template <class A, bool kForward>
+void compute(const AugmentKernels<A>& kernels, const Chain& chain, const Size& size,
+             const std::vector<Member>& members, const Maps& from, const Maps& to) {
+  std::vector<Table<A>> warps;
   for (const Step& step : chain.steps()) {
-    if (step.kind == kWarp) found.push_back(table<A>(step.numbers, size, adjoint));
+    if (step.kind == kWarp) warps.emplace_back(step.numbers, size, !kForward);
   }
-  return found;
-}
-
-// f(image, channel of the result, planes) on torch's threads.
-template <class A, class F>
-void for_planes(const Size& size, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, kTaskPixels / std::max<int64_t>(size.pixels(), 1));
-  parallel_for(0, size.batch * size.channels, grain, [&](int64_t begin, int64_t end) {
-    Planes<A> planes(size.pixels());
-    for (int64_t i = begin; i < end; ++i) f(i / size.channels, i % size.channels, planes);
-  });
-}
-
-template <class A>
-void forward(const AugmentKernels<A>& kernels, const Chain& chain, const Size& size, const Maps& x,
-             const Maps& out) {
-  const std::vector<Table<A>> warps = tables<A>(chain, size, false);
-  for_planes<A>(size, [&](int64_t image, int64_t c, Planes<A>& planes) {
-    const int64_t first = chain.first(c);
-    if (first == 0) {
-      kernels.load(x(image, chain.channel(0, c)), planes.get());
-    } else {
-      std::fill_n(planes.get(), size.pixels(), A{});
+  const int64_t groups = (size.channels + kAugmentLanes - 1) / kAugmentLanes;
+  const int64_t grain = std::max<int64_t>(1, kTaskElements / (kAugmentLanes * size.pixels()));
+  parallel_for(0, size.batch * groups, grain, [&](int64_t begin, int64_t end) {
+    Worker<A, kForward> worker(kernels, chain, size, warps, from, to);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % groups * kAugmentLanes;
+      worker.run(i / groups, members.data() + first, std::min(kAugmentLanes, size.channels - first));
     }
-    size_t warp = 0;
-    for (int64_t s = 0; s < chain.count(); ++s) {
-      const Step& step = chain.steps()[s];
-      const bool skipped = s < first;
-      if (step.kind == kWarp) {
-        if (!skipped) planes.warp(kernels, warps[warp]);
-        ++warp;
-      } else if (skipped) {
-        continue;
-      } else if (step.kind == kCutout) {
-        cut(planes.get(), step.numbers, size.width);
-      } else if (step.kind == kNoise) {
-        const int64_t place = (image * size.channels + chain.channel(s, c)) * size.pixels();
-        kernels.add_noise(planes.get(), size.pixels(), place, static_cast<A>(step.numbers[0]),
-                          static_cast<uint32_t>(step.numbers[1]), static_cast<uint32_t>(step.numbers[2]));
-      }
-    }
-    kernels.store(planes.get(), out(image, c));
-  });
-}
-
-template <class A>
-void backward(const AugmentKernels<A>& kernels, const Chain& chain, const Size& size, const Maps& grad,
-              const Maps& to) {
-  const std::vector<Table<A>> warps = tables<A>(chain, size, true);
-  std::vector<int64_t> shown_by(size.channels, -1);  // the channel of the result that shows one of the input
-  for (int64_t c = 0; c < size.channels; ++c) {
-    const int64_t from = chain.channel(0, c);
-    if (from < 0) continue;
-    KD_CHECK(shown_by[from] < 0, "feature_augment: channels: ", from, " is shown twice");
-    shown_by[from] = c;
-  }
-  for_planes<A>(size, [&](int64_t image, int64_t from, Planes<A>& planes) {
-    if (shown_by[from] < 0) {
-      std::fill_n(planes.get(), size.pixels(), A{});
-    } else {
-      kernels.load(grad(image, shown_by[from]), planes.get());
-      size_t warp = warps.size();
-      for (int64_t s = chain.count() - 1; s >= 0; --s) {
-        const Step& step = chain.steps()[s];
-        if (step.kind == kWarp) planes.warp(kernels, warps[--warp]);
-        if (step.kind == kCutout) cut(planes.get(), step.numbers, size.width);
-      }
-    }
-    kernels.store(planes.get(), to(image, from));
   });
 }
 
@@ -288,19 +235,32 @@ template <bool kForward>
 Tensor run(const Tensor& x, const Tensor& steps, const Tensor& channels) {
   KD_CHECK(x.dim() == 4, "feature_augment: x must be [B, C, H, W], got ", x.dim(), " axes");
   const Size size{x.size(0), x.size(1), x.size(2), x.size(3)};
-  KD_CHECK(size.pixels() < INT32_MAX, "feature_augment: need fewer than 2^31 pixels");
+  KD_CHECK(size.pixels() < INT32_MAX / kAugmentLanes, "feature_augment: need fewer than 2^27 pixels");
   const Chain chain(steps, channels, size);
   Tensor out = new_gradient(x);
   if (out.numel() == 0) return out;
-  const auto call = [&](const auto& kernels) {
-    if constexpr (kForward) {
-      forward(kernels, chain, size, Maps(x), Maps(out));
-    } else {
-      backward(kernels, chain, size, Maps(x), Maps(out));
-    }
-  };
-  x.scalar_type() == ScalarType::Double ? call(KD_DISPATCH_ISA(augment_double))
-                                        : call(KD_DISPATCH_ISA(augment_float));
+  std::vector<Member> members(size.channels);
+  for (int64_t c = 0; c < size.channels; ++c) {
+    members[c] = kForward ? Member{chain.first(c) ? -1 : chain.channel(0, c), c, chain.first(c)}
+                          : Member{-1, c, chain.count()};
+  }
+  for (int64_t c = 0; c < size.channels && !kForward; ++c) {
+    const int64_t shown = chain.channel(0, c);
+    if (shown < 0) continue;
+    KD_CHECK(members[shown].from < 0, "feature_augment: channels: ", shown, " is shown twice");
+    members[shown] = {c, shown, 0};
+  }
+  const Maps from(x), to(out);
+  if (!chain.has(kWarp) && !(kForward && chain.has(kNoise))) {
+    std::vector<int32_t> source;
+    for (const Member& m : members) source.push_back(static_cast<int32_t>(m.from));
+    if (copy_rows(chain, size, source, from, to)) return out;
+  }
+  if (x.scalar_type() == ScalarType::Double) {
+    compute<double, kForward>(KD_DISPATCH_ISA(augment_double), chain, size, members, from, to);
+  } else {
+    compute<float, kForward>(KD_DISPATCH_ISA(augment_float), chain, size, members, from, to);
+  }
   return out;
 }
 

@@ -1,17 +1,21 @@
 // Arithmetic of the feature_augment op on planes, compiled once per instruction set.
 //
-// A warp is four taps per pixel, one vector gather and multiply-add each; its tables are the same for every
-// plane. Noise: ten rounds of Philox for four numbers, a logarithm, a square root, a sine and a cosine for
-// two, all in vectors that the compiler makes of loops over 16 lanes.
+// A warp takes 16 planes at a time, transposed so that a pixel's 16 values are a vector or two: four taps are
+// four loads and multiply-adds for 16 results, beside a quarter of a shuffle per value on the way in and out.
+// (A gather takes as long as its loads one by one: about a cycle for each tap of each result.) Noise: ten
+// rounds of Philox for four numbers, a logarithm, a square root, a sine and a cosine for two, all in vectors.
 
 #include "cpu/feature_augment.h"
 
 #include "cpu/simd.h"
 
+// GCC 12 takes its own intrinsics' undefined vectors for a mistake (GCC bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace kd::KD_ISA {
 namespace {
-
-constexpr int kGroup = 16;  // counters at a time
 
 inline bool is_dense(const AugmentPlane& plane) {
   return plane.column_stride == 1 && plane.row_stride == plane.width;
@@ -51,33 +55,116 @@ void store_any(const A* from, const AugmentPlane& to) {
   with_dtype(to.dtype, to.data, [&](auto* data) { store_plane(from, data, to); });
 }
 
-inline Vec<double> gather(const double* from, const int32_t* place) {
-  Vec<double> v;
-  for (int i = 0; i < kLanes<double>; ++i) v[i] = from[place[i]];
-  return v;
+// The 16 x 16 values whose row i begins at from(i), transposed: row i to to(i). The last argument names the
+// type; a float is taken for a double where nothing better is there.
+template <class F, class G>
+inline void transpose(const F& from, const G& to, double) {
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) to(i)[j] = from(j)[i];
+  }
 }
-inline Vec<float> gather(const float* from, const int32_t* place) {
+
 #if defined(__AVX512F__)
-  return (Vec<float>)_mm512_i32gather_ps(_mm512_loadu_si512(place), from, 4);
+template <class F, class G>
+inline void transpose(const F& from, const G& to, float) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from(i));
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      const __m512d low = _mm512_castps_pd(b[i + k]), high = _mm512_castps_pd(b[i + k + 2]);
+      a[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  // Quarter q of a[4 g + k] is column 4 q + k of rows 4 g to 4 g + 3.
+  for (int k = 0; k < 4; ++k) {
+    const __m512 front = _mm512_shuffle_f32x4(a[k], a[4 + k], 0x44),
+                 back = _mm512_shuffle_f32x4(a[k], a[4 + k], 0xEE),
+                 front2 = _mm512_shuffle_f32x4(a[8 + k], a[12 + k], 0x44),
+                 back2 = _mm512_shuffle_f32x4(a[8 + k], a[12 + k], 0xEE);
+    _mm512_storeu_ps(to(k), _mm512_shuffle_f32x4(front, front2, 0x88));
+    _mm512_storeu_ps(to(4 + k), _mm512_shuffle_f32x4(front, front2, 0xDD));
+    _mm512_storeu_ps(to(8 + k), _mm512_shuffle_f32x4(back, back2, 0x88));
+    _mm512_storeu_ps(to(12 + k), _mm512_shuffle_f32x4(back, back2, 0xDD));
+  }
+}
 #elif defined(__AVX2__)
-  return (Vec<float>)_mm256_i32gather_ps(from, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place)),
-                                         4);
-#else
-  Vec<float> v;
-  for (int i = 0; i < kLanes<float>; ++i) v[i] = from[place[i]];
-  return v;
+template <class F, class G>
+inline void transpose(const F& from, const G& to, float) {
+  for (int block = 0; block < 4; ++block) {
+    const int row = block / 2 * 8, column = block % 2 * 8;
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from(row + i) + column);
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      for (int k = 0; k < 2; ++k) {
+        const __m256d low = _mm256_castps_pd(b[i + k]), high = _mm256_castps_pd(b[i + k + 2]);
+        a[i + 2 * k] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+        a[i + 2 * k + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+      }
+    }
+    for (int k = 0; k < 4; ++k) {
+      _mm256_storeu_ps(to(column + k) + row, _mm256_permute2f128_ps(a[k], a[4 + k], 0x20));
+      _mm256_storeu_ps(to(column + 4 + k) + row, _mm256_permute2f128_ps(a[k], a[4 + k], 0x31));
+    }
+  }
+}
 #endif
+
+template <class A>
+void interleave(const A* const* from, int64_t pixels, A* to) {
+  int64_t p = 0;
+  for (; p + 16 <= pixels; p += 16) {
+    transpose([&](int i) { return from[i] + p; }, [&](int i) { return to + (p + i) * kAugmentLanes; }, A{});
+  }
+  for (; p < pixels; ++p) {
+    for (int i = 0; i < kAugmentLanes; ++i) to[p * kAugmentLanes + i] = from[i][p];
+  }
+  for (int i = 0; i < kAugmentLanes; ++i) to[pixels * kAugmentLanes + i] = 0;
+}
+
+// The values of a pixel in all planes: `taps` of them.
+template <class A>
+inline void weigh(const AugmentTap<A>* tap, int64_t taps, const A* from, A* to) {
+  constexpr int kVectors = static_cast<int>(kAugmentLanes) / kLanes<A>;
+  Vec<A> sums[kVectors] = {};
+  for (int64_t k = 0; k < taps; ++k) {
+    for (int v = 0; v < kVectors; ++v) {
+      sums[v] += tap[k].weight * load_vec(from + tap[k].place + v * kLanes<A>);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) store_vec(to + v * kLanes<A>, sums[v]);
 }
 
 template <class A>
-void resample(const AugmentTable<A>& table, const A* from, A* to) {
-  for (int64_t p = 0; p < table.padded; p += kLanes<A>) {
-    Vec<A> sum = {};
-    for (int64_t k = 0; k < table.taps; ++k) {
-      const int64_t at = k * table.padded + p;
-      sum += load_vec(table.weight + at) * gather(from, table.place + at);
+void resample(const AugmentTable<A>& table, const A* from, A* const* to, int64_t planes) {
+  A tile[kAugmentGroup * kAugmentLanes], rest[kAugmentGroup * kAugmentLanes];
+  const auto row = [&](int i) { return tile + i * kAugmentLanes; };
+  for (int64_t first = 0, group = 0; first < table.pixels; first += kAugmentGroup, ++group) {
+    const AugmentTap<A>* tap = table.taps + table.begin[group];
+    const int64_t taps = (table.begin[group + 1] - table.begin[group]) / kAugmentGroup;
+    if (taps == 4) {  // inside the map, forward
+      for (int i = 0; i < kAugmentGroup; ++i) weigh(tap + 4 * i, 4, from, row(i));
+    } else {
+      for (int i = 0; i < kAugmentGroup; ++i) weigh(tap + taps * i, taps, from, row(i));
     }
-    store_vec(to + p, sum);
+    const int64_t left = table.pixels - first;
+    if (planes == kAugmentLanes && left >= kAugmentGroup) {
+      transpose(row, [&](int i) { return to[i] + first; }, A{});
+    } else {
+      transpose(row, [&](int i) { return rest + i * kAugmentGroup; }, A{});
+      const int64_t count = left < kAugmentGroup ? left : kAugmentGroup;
+      for (int64_t i = 0; i < planes; ++i) {
+        for (int64_t p = 0; p < count; ++p) to[i][first + p] = rest[i * kAugmentGroup + p];
+      }
+    }
   }
 }
 
@@ -105,107 +192,152 @@ inline void multiply(const Words& x, uint32_t factor, Words& high, Words& low) {
 #endif
 }
 
-// Ten rounds on counters first, first + 1, ...; word w of counter i in words[w][i].
-inline void philox(uint64_t first, uint32_t seed_low, uint32_t seed_high, uint32_t (&words)[4][kGroup]) {
-  for (int begin = 0; begin < kGroup; begin += kWords) {
-    uint32_t counter[2][kWords];
-    for (int i = 0; i < kWords; ++i) {
-      const uint64_t number = first + static_cast<uint64_t>(begin + i);
-      counter[0][i] = static_cast<uint32_t>(number);
-      counter[1][i] = static_cast<uint32_t>(number >> 32);
-    }
-    Words c[4] = {Words{}, Words{}, Words{}, Words{}};
-    __builtin_memcpy(&c[0], counter[0], sizeof c[0]);
-    __builtin_memcpy(&c[1], counter[1], sizeof c[1]);
-    uint32_t k0 = seed_low, k1 = seed_high;
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      Words high0 = {}, low0 = {}, high1 = {}, low1 = {};
-      multiply(c[0], 0xD2511F53u, high0, low0);
-      multiply(c[2], 0xCD9E8D57u, high1, low1);
-      c[0] = high1 ^ c[1] ^ k0;
-      c[1] = low1;
-      c[2] = high0 ^ c[3] ^ k1;
-      c[3] = low0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    for (int w = 0; w < 4; ++w) __builtin_memcpy(words[w] + begin, &c[w], sizeof c[w]);
+// Ten rounds on the counters first + order(lane): four words each.
+inline constexpr int order(int lane) { return kWords / 4 * (lane % 4) + lane / 4; }
+inline void philox(uint64_t first, uint32_t seed_low, uint32_t seed_high, Words (&c)[4]) {
+  uint32_t counter[2][kWords];
+  for (int i = 0; i < kWords; ++i) {
+    const uint64_t number = first + static_cast<uint64_t>(order(i));
+    counter[0][i] = static_cast<uint32_t>(number);
+    counter[1][i] = static_cast<uint32_t>(number >> 32);
   }
+  __builtin_memcpy(&c[0], counter[0], sizeof c[0]);
+  __builtin_memcpy(&c[1], counter[1], sizeof c[1]);
+  c[2] = c[3] = Words{};
+  uint32_t k0 = seed_low, k1 = seed_high;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    Words high0 = {}, low0 = {}, high1 = {}, low1 = {};
+    multiply(c[0], 0xD2511F53u, high0, low0);
+    multiply(c[2], 0xCD9E8D57u, high1, low1);
+    c[0] = high1 ^ c[1] ^ k0;
+    c[1] = low1;
+    c[2] = high0 ^ c[3] ^ k1;
+    c[3] = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef Vec<float> Floats;
+
+inline Floats roots(Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < kWords; ++i) x[i] = square_root(x[i]);
+  return x;
+#endif
 }
 
 // ln x for 0 < x < 1: x = m 2^e with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1)), whose
 // series ends where its next term is below 1e-9.
-inline float logarithm(float x) {
-  const int32_t bits = static_cast<int32_t>(as_bits(x)) - 0x3f3504f3;  // sqrt(1/2)
-  const float exponent = static_cast<float>(bits >> 23);
-  const float f = as_float((static_cast<uint32_t>(bits) & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
-  const float s = f / (2.0f + f), q = s * s;
-  const float series = 2.0f + q * (0.6666666667f + q * (0.4f + q * (0.2857142857f + q * 0.2222222222f)));
+inline Floats logarithm(Floats x) {
+  const Ints bits = (Ints)x - 0x3f3504f3;  // sqrt(1/2)
+  const Floats exponent = __builtin_convertvector(bits >> 23, Floats);
+  const Floats f = (Floats)((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  const Floats s = f / (2.0f + f), q = s * s;
+  const Floats series = 2.0f + q * (0.6666666667f + q * (0.4f + q * (0.2857142857f + q * 0.2222222222f)));
   return exponent * 0.6931471806f + s * series;
 }
 
 // cos and sin of 2 pi u, 0 <= u < 1: a multiple of a quarter turn and a rest of at most an eighth, by Taylor
 // series whose next terms are below 1e-9.
-inline void turn(float u, float& cosine, float& sine) {
-  const int32_t quarter = static_cast<int32_t>(4.0f * u + 0.5f);
-  const float x = 6.283185307f * (u - 0.25f * static_cast<float>(quarter)), q = x * x;
-  const float s =
+inline void turn(Floats u, Floats& cosine, Floats& sine) {
+  const Ints quarter = __builtin_convertvector(4.0f * u + 0.5f, Ints);
+  const Floats x = 6.283185307f * (u - 0.25f * __builtin_convertvector(quarter, Floats)), q = x * x;
+  const Floats s =
       x *
       (1.0f + q * (-1.666666667e-1f + q * (8.333333333e-3f + q * (-1.984126984e-4f + q * 2.755731922e-6f))));
-  const float c =
+  const Floats c =
       1.0f + q * (-0.5f + q * (4.166666667e-2f +
                                q * (-1.388888889e-3f + q * (2.480158730e-5f + q * -2.755731922e-7f))));
-  const bool swap = (quarter & 1) != 0;
-  const float a = swap ? s : c, b = swap ? c : s;
-  cosine = ((quarter + 1) & 2) != 0 ? -a : a;
-  sine = (quarter & 2) != 0 ? -b : b;
+  const Ints swap = (quarter & 1) != 0;
+  // Signs: of the cosine in quarters 1 and 2, of the sine in 2 and 3.
+  cosine = (Floats)((Ints)(swap ? s : c) ^ ((quarter + 1) & 2) << 30);
+  sine = (Floats)((Ints)(swap ? c : s) ^ (quarter & 2) << 30);
 }
 
-inline float unit(uint32_t word) {
-  return (static_cast<float>(static_cast<int32_t>(word >> 8)) + 0.5f) * 5.9604644775390625e-8f;  // 2^-24
+inline Floats unit(Words word) {
+  return (__builtin_convertvector((Ints)(word >> 8), Floats) + 0.5f) * 5.9604644775390625e-8f;  // 2^-24
+}
+
+// to[4 i + j] = the lane of from[j] that holds counter i.
+inline void in_order(const Floats (&from)[4], float* to) {
+#if defined(__AVX512F__)
+  for (int k = 0; k < 2; ++k) {
+    const __m512 a = k ? _mm512_unpackhi_ps((__m512)from[0], (__m512)from[1])
+                       : _mm512_unpacklo_ps((__m512)from[0], (__m512)from[1]),
+                 b = k ? _mm512_unpackhi_ps((__m512)from[2], (__m512)from[3])
+                       : _mm512_unpacklo_ps((__m512)from[2], (__m512)from[3]);
+    const __m512d low = _mm512_castps_pd(a), high = _mm512_castps_pd(b);
+    _mm512_storeu_pd(to + 32 * k, _mm512_unpacklo_pd(low, high));
+    _mm512_storeu_pd(to + 32 * k + 16, _mm512_unpackhi_pd(low, high));
+  }
+#elif defined(__AVX2__)
+  for (int k = 0; k < 2; ++k) {
+    const __m256 a = k ? _mm256_unpackhi_ps((__m256)from[0], (__m256)from[1])
+                       : _mm256_unpacklo_ps((__m256)from[0], (__m256)from[1]),
+                 b = k ? _mm256_unpackhi_ps((__m256)from[2], (__m256)from[3])
+                       : _mm256_unpacklo_ps((__m256)from[2], (__m256)from[3]);
+    _mm256_storeu_ps(to + 16 * k,
+                     _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))));
+    _mm256_storeu_ps(to + 16 * k + 8,
+                     _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))));
+  }
+#else
+  for (int lane = 0; lane < kWords; ++lane) {
+    for (int j = 0; j < 4; ++j) to[4 * order(lane) + j] = from[j][lane];
+  }
+#endif
 }
 
 // normals[4 i + j]: the four numbers of counter i.
-inline void normals(const uint32_t (&words)[4][kGroup], float (&to)[4 * kGroup]) {
-  float found[4][kGroup];
+inline void normals(const Words (&words)[4], float (&to)[4 * kWords]) {
+  Floats found[4];
   for (int pair = 0; pair < 4; pair += 2) {
-    for (int i = 0; i < kGroup; ++i) {
-      const float radius = square_root(-2.0f * logarithm(unit(words[pair][i])));
-      float cosine, sine;
-      turn(unit(words[pair + 1][i]), cosine, sine);
-      found[pair][i] = radius * cosine;
-      found[pair + 1][i] = radius * sine;
-    }
+    const Floats radius = roots(-2.0f * logarithm(unit(words[pair])));
+    turn(unit(words[pair + 1]), found[pair], found[pair + 1]);
+    found[pair] *= radius;
+    found[pair + 1] *= radius;
   }
-  for (int i = 0; i < kGroup; ++i) {
-    for (int j = 0; j < 4; ++j) to[4 * i + j] = found[j][i];
-  }
+  in_order(found, to);
 }
 
 // float64 maps: the library's functions, so that the result is float64's.
-inline void normals(const uint32_t (&words)[4][kGroup], double (&to)[4 * kGroup]) {
-  for (int i = 0; i < kGroup; ++i) {
+inline void normals(const Words (&words)[4], double (&to)[4 * kWords]) {
+  for (int lane = 0; lane < kWords; ++lane) {
+    double* const four = to + 4 * order(lane);
     for (int pair = 0; pair < 4; pair += 2) {
-      const double u = (static_cast<double>(words[pair][i] >> 8) + 0.5) * 0x1p-24;
-      const double v = (static_cast<double>(words[pair + 1][i] >> 8) + 0.5) * 0x1p-24;
+      const double u = (static_cast<double>(words[pair][lane] >> 8) + 0.5) * 0x1p-24;
+      const double v = (static_cast<double>(words[pair + 1][lane] >> 8) + 0.5) * 0x1p-24;
       const double radius = __builtin_sqrt(-2.0 * __builtin_log(u)), angle = 6.283185307179586 * v;
-      to[4 * i + pair] = radius * __builtin_cos(angle);
-      to[4 * i + pair + 1] = radius * __builtin_sin(angle);
+      four[pair] = radius * __builtin_cos(angle);
+      four[pair + 1] = radius * __builtin_sin(angle);
     }
   }
 }
 
 template <class A>
 void add_noise(A* plane, int64_t count, int64_t first, A deviation, uint32_t seed_low, uint32_t seed_high) {
-  uint32_t words[4][kGroup];
-  A numbers[4 * kGroup];
+  constexpr int64_t kNumbers = 4 * kWords;
+  Words words[4];
+  A numbers[kNumbers];
   int64_t i = 0;
   while (i < count) {
     const int64_t place = first + i, skip = place % 4;  // a plane may begin inside a counter's four numbers
     philox(static_cast<uint64_t>(place / 4), seed_low, seed_high, words);
     normals(words, numbers);
-    const int64_t left = count - i, here = left < 4 * kGroup - skip ? left : 4 * kGroup - skip;
+    const int64_t left = count - i;
+    if (skip == 0 && left >= kNumbers) {
+      for (int64_t k = 0; k < kNumbers; ++k) plane[i + k] += deviation * numbers[k];
+      i += kNumbers;
+      continue;
+    }
+    const int64_t here = left < kNumbers - skip ? left : kNumbers - skip;
     for (int64_t k = 0; k < here; ++k) plane[i + k] += deviation * numbers[skip + k];
     i += here;
   }
@@ -215,9 +347,38 @@ void add_noise(A* plane, int64_t count, int64_t first, A deviation, uint32_t see
 
 extern const AugmentKernels<float> augment_float;
 extern const AugmentKernels<double> augment_double;
-const AugmentKernels<float> augment_float = {load_any<float>, store_any<float>, resample<float>,
-                                             add_noise<float>};
-const AugmentKernels<double> augment_double = {load_any<double>, store_any<double>, resample<double>,
-                                               add_noise<double>};
+const AugmentKernels<float> augment_float = {load_any<float>, store_any<float>, interleave<float>,
+                                             resample<float>, add_noise<float>};
+const AugmentKernels<double> augment_double = {load_any<double>, store_any<double>, interleave<double>,
+                                               resample<double>, add_noise<double>};
+
+void augment_rows(const AugmentRows& rows, int64_t begin, int64_t end);
+void augment_rows(const AugmentRows& rows, int64_t begin, int64_t end) {
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+  const int64_t bytes = rows.bytes, whole = bytes - bytes % kVectorBytes;
+  const auto masked = [&](const char* from, char* to, int64_t at) {
+    Bits value, keep;
+    __builtin_memcpy(&value, from + at, sizeof value);
+    __builtin_memcpy(&keep, rows.keep + at, sizeof keep);
+    value &= keep;
+    __builtin_memcpy(to + at, &value, sizeof value);
+  };
+  for (int64_t r = begin; r < end; ++r) {
+    char* const to = rows.to + r * rows.to_stride;
+    const char* const from = rows.from + rows.source[r] * rows.from_stride;
+    if (rows.source[r] < 0) {
+      __builtin_memset(to, 0, static_cast<uint64_t>(bytes));
+    } else if (rows.keep == nullptr) {
+      __builtin_memcpy(to, from, static_cast<uint64_t>(bytes));
+    } else {
+      for (int64_t at = 0; at < whole; at += kVectorBytes) masked(from, to, at);
+      if (whole < bytes && whole > 0) {
+        masked(from, to, bytes - kVectorBytes);  // some bytes a second time
+      } else {
+        for (int64_t at = whole; at < bytes; ++at) to[at] = static_cast<char>(from[at] & rows.keep[at]);
+      }
+    }
+  }
+}
 
 }  // namespace kd::KD_ISA

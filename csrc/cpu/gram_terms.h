@@ -1,7 +1,7 @@
 #pragma once
 
 // From the small matrices of a group to distances, and from gradients of those to what multiplies the tiles.
-// Formulas: METHODS 1.1 to 1.3 as written in kdfast/reference/gram.py.
+// Formulas: kdfast/reference/gram.py.
 
 #include "cpu/gram_problem.h"
 

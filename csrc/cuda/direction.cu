@@ -1,4 +1,4 @@
-// Op direction on a GPU. Formulas: METHODS 2.2 as written in kdfast/reference/direction.py.
+// Op direction on a GPU. Formulas: kdfast/reference/direction.py.
 //
 //   forward   direction_rows, direction_mean   2 launches: reads 3 B D elements once (class means from
 //   caches) backward  direction_gradient               1 launch: reads 2 B D (1 per side and the centres),

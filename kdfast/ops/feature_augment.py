@@ -58,7 +58,16 @@ class _FeatureAugment(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        return _Adjoint.apply(grad, *ctx.saved_tensors, ctx.triton), None, None, None
+        steps, channels = ctx.saved_tensors
+        if not grad.requires_grad:  # nothing will differentiate this
+            return _adjoint(grad, steps, channels, ctx.triton), None, None, None
+        return _Adjoint.apply(grad, steps, channels, ctx.triton), None, None, None
+
+
+def _adjoint(grad: Tensor, steps: Tensor, channels: Tensor, triton: bool) -> Tensor:
+    backward = torch.ops.kdfast.feature_augment_backward
+    backward = torch.ops.kdfast.feature_augment_backward_triton if triton else backward
+    return backward(grad, steps, channels)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -68,9 +77,7 @@ class _Adjoint(torch.autograd.Function):
     def forward(ctx: Any, grad: Tensor, steps: Tensor, channels: Tensor, triton: bool) -> Tensor:
         ctx.save_for_backward(steps, channels)
         ctx.triton = triton
-        backward = torch.ops.kdfast.feature_augment_backward
-        backward = torch.ops.kdfast.feature_augment_backward_triton if triton else backward
-        return backward(grad, steps, channels)
+        return _adjoint(grad, steps, channels, triton)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):

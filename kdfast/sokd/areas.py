@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import backend
 from ..losses._common import Loss, check_choice, check_float, describe
 from ..losses.features import check_maps, check_same_shape, wide
 from ..ops.attention_mask import masked_distance
+from ..ops.masked_error import area_mask, masked_error
+from ..reference.masked_error import MULTIPLICITIES
 
 Multiplicity = Literal["sum", "squared", "union"]
-MULTIPLICITIES = ("sum", "squared", "union")
 
 
 class AreaMaps(NamedTuple):
@@ -99,16 +101,7 @@ def areas_to_mask(
     check_choice("multiplicity", multiplicity, MULTIPLICITIES)
     if boxes.dim() != 3 or boxes.shape[2] != 4:
         raise ValueError(f"boxes: need [B, K, 4], got {describe(boxes)}")
-    x1, y1, x2, y2 = boxes[..., None].unbind(2)  # [B, K, 1] each
-    column, row = (torch.arange(v, device=boxes.device) for v in (width, height))
-    columns = ((column >= x1) & (column <= x2)).to(dtype)  # [B, K, W]
-    rows = ((row >= y1) & (row <= y2)).to(dtype)
-    count = rows.transpose(1, 2) @ columns  # [B, H, W]; sums of zeros and ones are exact in any precision
-    if multiplicity == "squared":
-        count = count.square()
-    elif multiplicity == "union":
-        count = (count > 0).to(dtype)
-    return count[:, None]
+    return area_mask(boxes, height, width, multiplicity).to(dtype)
 
 
 def masked_area_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -126,6 +119,8 @@ def masked_area_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(
             f"mask: need [B, 1, H, W] = {[student.shape[0], 1, *student.shape[2:]]}, got {describe(mask)}"
         )
+    if backend.choose("masked_area_error", student.device.type, ("triton", "cuda")) in ("cpu", "reference"):
+        return masked_error(student, teacher, mask)
     ones = torch.ones(student.shape[:2], dtype=torch.float32, device=student.device)
     # d (d²) = 2 d M (s - t) / d, with 1 / d guarded to 0 at d = 0: the value and the first derivative are exact but for a
     # rounding or two. Only the second derivative is lost where the error is exactly 0: it is 0 there, not 2 M / numel.
