@@ -65,9 +65,9 @@ def test_gradcheck_and_second_order(average: int) -> None:
     "flags", [(0, True, False, False, False, False), (0, False, False, True, False, True)]
 )
 def test_opcheck(flags: tuple) -> None:
-    x, y = maps((2, 3, 13, 9), (2, 3, 13, 9))
-    for save in (True, False):
-        arguments = (x, y, 4, 4, 4, 3, True, 0, *flags, save)
+    x, y = maps((2, 9, 13, 9), (2, 9, 13, 9))
+    for saved_groups in (9, 0) if flags[-1] else (9, 4, 0):
+        arguments = (x, y, 4, 4, 4, 3, True, 0, *flags, saved_groups)
         torch.library.opcheck(
             torch.ops.kdfast.patch_gram, arguments, test_utils=("test_schema", "test_faketensor")
         )
@@ -141,19 +141,30 @@ def test_blocks_of_features(average: int, options: dict) -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("save", [True, False])
-@pytest.mark.parametrize("average", [1, 2])
-def test_saved_and_recomputed_grams_give_the_same_gradient(average: int, save: bool) -> None:
+@pytest.mark.parametrize("inter", [False, True])
+@pytest.mark.parametrize(("average", "groups"), [(0, 48), (0, 17), (0, 0), (1, 2), (1, 0), (2, 64), (2, 0)])
+def test_saved_and_recomputed_grams_give_the_same_gradient(average: int, groups: int, inter: bool) -> None:
+    """Of all groups, of some (between those that are computed again) or of none."""
     x, y = (v.detach() for v in maps((2, 48, 37, 30), (2, 48, 37, 30)))
-    arguments = (8, 8, 5, 4, True, average, 0, True, False, False, False, False)
-    products, distance, saved = torch.ops.kdfast.patch_gram(x, y, *arguments, save)
-    assert (saved.numel() > 0) == save
-    grads = (torch.zeros_like(products), torch.ones_like(distance))
-    got, _ = torch.ops.kdfast.patch_gram_backward(*grads, x, y, saved, *arguments, True, False)
+    arguments = (8, 8, 5, 4, True, average, 0, True, False, inter, False, False)
+    products, distance, saved = torch.ops.kdfast.patch_gram(x, y, *arguments, groups)
+    assert saved.shape[0] == groups
+    weights = torch.linspace(0.5, 1.5, distance.numel()).view_as(distance)
+    got, _ = torch.ops.kdfast.patch_gram_backward(
+        torch.zeros_like(products), weights, x, y, saved, *arguments, True, False
+    )
     x.requires_grad_()
     with kdfast.use_backend("reference"):
-        want = torch.autograd.grad(patch_gram(x, y, Grid(*arguments[:6]))[1].sum(), x)[0]
+        distance = patch_gram(x, y, Grid(*arguments[:6]), inter=inter)[1]
+        want = torch.autograd.grad((distance * weights).sum(), x)[0]
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@needs_extension
+def test_of_few_groups_all_or_none_are_saved() -> None:
+    x, y = (v.detach() for v in maps((2, 3, 16, 16), (2, 3, 16, 16)))
+    with pytest.raises(RuntimeError, match="all are saved or none"):
+        torch.ops.kdfast.patch_gram(x, y, 4, 4, 4, 4, True, 0, 0, True, False, False, False, False, 2)
 
 
 @needs_extension

@@ -4,7 +4,7 @@
 
 #include "common/gradient.h"
 #include "cpu/gram_ops.h"
-#include "cpu/gram_terms.h"
+#include "cpu/gram_run.h"
 
 namespace kd {
 
@@ -20,6 +20,10 @@ GramFlags gram_flags(const Tensor& x, const Tensor& y, int64_t compare, bool cen
     KD_CHECK(x.size(a) == y.size(a), "gram: inter needs equal features, axis ", a, " has ", x.size(a),
              " and ", y.size(a));
   }
+  return gram_flags(compare, centered, cosine, inter, feature_side);
+}
+
+GramFlags gram_flags(int64_t compare, bool centered, bool cosine, bool inter, bool feature_side) {
   KD_CHECK(0 <= compare && compare <= static_cast<int64_t>(Compare::difference), "gram: unknown comparison ",
            compare);
   const auto c = static_cast<Compare>(compare);
@@ -35,42 +39,6 @@ namespace {
 
 Tensor empty(const Tensor& like, std::vector<int64_t> size, bool wide) {
   return torch::stable::new_empty(like, size, wide ? ScalarType::Double : ScalarType::Float);
-}
-
-template <class A>
-void forward(const Tensor& x, const Tensor& y, const GramFlags& flags, Tensor& products, Tensor& distance,
-             Tensor& saved) {
-  const GramProblem<A> p(x, y, flags);
-  A *to_products = static_cast<A*>(products.data_ptr()), *to_distance = static_cast<A*>(distance.data_ptr());
-  A* keep = saved.numel() ? static_cast<A*>(saved.data_ptr()) : nullptr;
-  p.for_matrices([&](int64_t g, A* matrices) {
-    if (keep) for_saved_rows(p, matrices, keep + g * saved.size(1), false);
-    forward_group(p, g, matrices, to_products, to_distance);
-  });
-}
-
-template <class A>
-void backward(const Tensor& grad_products, const Tensor& grad_distance, const Tensor& x, const Tensor& y,
-              const Tensor& saved, const GramFlags& flags, Tensor* grad_x, Tensor* grad_y) {
-  const GramProblem<A> p(x, y, flags, grad_x, grad_y);
-  const auto mix_of = [&](int64_t g, A* matrices) {
-    return group_mix(p, g, matrices, grad_products, grad_distance);
-  };
-  const auto for_matrices = [&](const auto& f) {
-    saved.numel() ? for_saved_matrices(p, saved, f) : p.for_matrices(f);
-  };
-  if (p.groups() >= kManyGroups) {
-    for_matrices([&](int64_t g, A* matrices) {
-      const GroupMix<A> mix = mix_of(g, matrices);
-      for (int s : {0, 1}) {
-        if (p.wants(s)) write_chunks(p, s, g, mix, 0, p.chunks_of(s));
-      }
-    });
-    return;
-  }
-  std::vector<GroupMix<A>> mixes(p.groups());
-  for_matrices([&](int64_t g, A* matrices) { mixes[g] = mix_of(g, matrices); });
-  write_gradients(p, mixes);
 }
 
 bool is_wide(const Tensor& x, const Tensor& y) {
@@ -92,9 +60,9 @@ std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, const Tensor& y, in
   Tensor products = empty(x, {terms, 3, groups}, wide), distance = empty(x, {terms, groups}, wide);
   Tensor saved = save ? empty(x, {groups, per_group}, wide) : empty(x, {0}, wide);
   if (wide) {
-    forward<double>(x, y, flags, products, distance, saved);
+    run_forward(GramProblem<double>(x, y, flags), products, distance, saved);
   } else {
-    forward<float>(x, y, flags, products, distance, saved);
+    run_forward(GramProblem<float>(x, y, flags), products, distance, saved);
   }
   return {products, distance, saved};
 }
@@ -107,9 +75,9 @@ std::tuple<Tensor, Tensor> gram_backward_cpu(const Tensor& grad_products, const 
   Tensor grad_x = new_gradient(x, need_x), grad_y = new_gradient(y, need_y);
   Tensor *to_x = need_x ? &grad_x : nullptr, *to_y = need_y ? &grad_y : nullptr;
   if (is_wide(x, y)) {
-    backward<double>(grad_products, grad_distance, x, y, saved, flags, to_x, to_y);
+    run_backward(GramProblem<double>(x, y, flags, to_x, to_y), grad_products, grad_distance, saved);
   } else {
-    backward<float>(grad_products, grad_distance, x, y, saved, flags, to_x, to_y);
+    run_backward(GramProblem<float>(x, y, flags, to_x, to_y), grad_products, grad_distance, saved);
   }
   return {grad_x, grad_y};
 }

@@ -23,7 +23,7 @@ struct GramView {
   int64_t inner, inner_stride;
 };
 
-// How a packed tile of `rows` x `columns` relates to the view's values.
+// How a tile of `rows` x `columns` relates to the side's values.
 template <class A>
 struct TileTransform {
   const A* row_scale;  // [rows] or null: first, times
@@ -48,11 +48,13 @@ struct CompareArgs {
 
 template <class A>
 struct GramKernels {
-  // Tiles have leading dimension `ld` and `width` columns that are worked on, both multiples of `lanes`.
-  // Columns from `count` to `width` and rows beyond the view are written as zeros.
-  void (*pack)(const GramView&, int64_t group, int64_t first, int64_t count, const TileTransform<A>&, A* tile,
-               int64_t ld, int64_t width, int64_t padded_rows);
+  // Values of a view into a tile [rows, count] of leading dimension `ld`, and back.
+  void (*pack)(const GramView&, int64_t group, int64_t first, int64_t count, A* tile, int64_t ld);
   void (*unpack)(const GramView&, int64_t group, int64_t first, int64_t count, const A* tile, int64_t ld);
+  // Tiles have `width` columns that are worked on; ld and width are multiples of `lanes`. Columns from
+  // `count` to `width` and rows beyond `rows` are written as zeros.
+  void (*transform)(const TileTransform<A>&, int64_t rows, int64_t count, A* tile, int64_t ld, int64_t width,
+                    int64_t padded_rows);
   // Adds over the tile's columns, per row: sums of x - ref, sums of squares; each where it is not null.
   void (*row_sums)(const A* tile, int64_t ld, int64_t count, int64_t rows, const A* ref, double* sums,
                    double* sums_sq);
@@ -85,7 +87,8 @@ struct GramKernels {
   void (*update_cross)(A* m, int64_t n, int64_t ld);
   // bias_i = sum_j g_ij r_j; then g += factor * inter, with the row sums of factor * inter in column n.
   void (*add_inter)(A* g, const A* inter, double factor, const A* r, int64_t n, int64_t ld, A* bias);
-  int64_t lanes, product_rows, mix_rows;  // paddings: columns of a tile, its rows, rows of a packed mix
+  // Paddings: columns of a tile, its rows as left and as right factor of a product, rows of a packed mix.
+  int64_t lanes, product_rows, product_columns, mix_rows;
 };
 
 }  // namespace kd

@@ -132,8 +132,7 @@ void unit_columns(A* tile, int64_t ld, int64_t width, int64_t rows, A* scale) {
 }
 
 template <class A>
-void pack(const GramView& v, int64_t group, int64_t first, int64_t count, const TileTransform<A>& t, A* tile,
-          int64_t ld, int64_t width, int64_t padded_rows) {
+void pack(const GramView& v, int64_t group, int64_t first, int64_t count, A* tile, int64_t ld) {
   switch (v.dtype) {
     case Dtype::f32:
       gather<float, A>(v, group, first, count, tile, ld);
@@ -148,7 +147,12 @@ void pack(const GramView& v, int64_t group, int64_t first, int64_t count, const 
       gather<BFloat16, A>(v, group, first, count, tile, ld);
       break;
   }
-  for (int64_t r = 0; r < v.rows; ++r) {
+}
+
+template <class A>
+void transform_tile(const TileTransform<A>& t, int64_t rows, int64_t count, A* tile, int64_t ld,
+                    int64_t width, int64_t padded_rows) {
+  for (int64_t r = 0; r < rows; ++r) {
     A* row = tile + r * ld;
     if (t.row_scale) {
       for (int64_t c = 0; c < count; ++c) row[c] *= t.row_scale[r];
@@ -158,9 +162,9 @@ void pack(const GramView& v, int64_t group, int64_t first, int64_t count, const 
     }
     for (int64_t c = count; c < width; ++c) row[c] = 0;
   }
-  if (t.column_scale) unit_columns(tile, ld, width, v.rows, t.column_scale);
-  if (t.center) center_columns(tile, ld, width, v.rows, t.extend ? tile + v.rows * ld : nullptr);
-  for (int64_t r = v.rows + t.extend; r < padded_rows; ++r) {
+  if (t.column_scale) unit_columns(tile, ld, width, rows, t.column_scale);
+  if (t.center) center_columns(tile, ld, width, rows, t.extend ? tile + rows * ld : nullptr);
+  for (int64_t r = rows + t.extend; r < padded_rows; ++r) {
     for (int64_t c = 0; c < width; ++c) tile[r * ld + c] = 0;
   }
 }
@@ -322,6 +326,7 @@ template <class A>
 constexpr GramKernels<A> table() {
   return {.pack = pack<A>,
           .unpack = unpack<A>,
+          .transform = transform_tile<A>,
           .row_sums = row_sums<A>,
           .products = products<A>,
           .pack_mix = pack_mix<A>,
@@ -335,7 +340,8 @@ constexpr GramKernels<A> table() {
           .update_cross = update_cross<A>,
           .add_inter = add_inter<A>,
           .lanes = kLanes<A>,
-          .product_rows = kI * kJ,
+          .product_rows = kJ,
+          .product_columns = kI,
           .mix_rows = kMixRows};
 }
 

@@ -14,10 +14,9 @@
 #include <type_traits>
 
 #include "common/check.h"
-#include "common/isa.h"
 #include "common/parallel.h"
 #include "cpu/gram.h"
-#include "cpu/gram_views.h"
+#include "cpu/gram_tiles.h"
 
 namespace kd {
 
@@ -26,18 +25,7 @@ struct GramFlags {
   bool centered, cosine, inter, feature_side;
 };
 
-KD_DECLARE_ISA(extern const GramKernels<float> gram_float; extern const GramKernels<double> gram_double;)
-
 using torch::stable::Tensor;
-
-template <class A>
-const GramKernels<A>& gram_kernels() {
-  if constexpr (std::is_same_v<A, float>) {
-    return KD_DISPATCH_ISA(gram_float);
-  } else {
-    return KD_DISPATCH_ISA(gram_double);
-  }
-}
 
 constexpr int64_t kTileBytes = 200 * 1024;          // of one tile: two of them fit an L2 cache of 512 KB
 constexpr int64_t kMinChunk = 64, kMaxChunk = 512;  // columns of a tile
@@ -92,7 +80,7 @@ struct RowMeasures {
   }
 };
 
-// Two views side by side, and the small matrices XX, YY (and XY) of their rows.
+// Two sides, and the small matrices XX, YY (and XY) of their rows.
 template <class A>
 class GramProblem {
  public:
@@ -100,37 +88,23 @@ class GramProblem {
   // their features; else they are taken here.
   GramProblem(const Tensor& x, const Tensor& y, const GramFlags& flags, const Tensor* grad_x = nullptr,
               const Tensor* grad_y = nullptr, const std::shared_ptr<RowMeasures<A>>& measures = nullptr)
+      : GramProblem(
+            view_sides<A>(x, y, grad_x, grad_y, flags.inter || flags.feature_side, flags.feature_side),
+            x.size(0), flags, measures) {}
+
+  GramProblem(GramSides<A> sides, int64_t groups, const GramFlags& flags,
+              const std::shared_ptr<RowMeasures<A>>& measures = nullptr)
       : k_(gram_kernels<A>()),
         flags_(flags),
         cross_(flags.inter || flags.feature_side),
         extend_(extends(flags)),
-        groups_(x.size(0)),
+        groups_(groups),
+        sides_(std::move(sides)),
         measures_(measures) {
-    const Tensor* inputs[2] = {&x, &y};
-    const Tensor* gradients[2] = {grad_x, grad_y};
-    if (cross_) {
-      std::vector<const Tensor*> all{&x, &y};
-      for (const Tensor* g : gradients) {
-        if (g) all.push_back(g);
-      }
-      auto views = make_views(all, flags.feature_side);
-      for (int s : {0, 1}) views_[s] = std::move(views[s]);
-      for (int s = 0, next = 2; s < 2; ++s) {
-        if (gradients[s]) gradient_views_[s] = std::move(views[next++]);
-      }
-    } else {
-      for (int s : {0, 1}) {
-        std::vector<const Tensor*> all{inputs[s]};
-        if (gradients[s]) all.push_back(gradients[s]);
-        auto views = make_views(all, false);
-        views_[s] = std::move(views[0]);
-        if (gradients[s]) gradient_views_[s] = std::move(views[1]);
-      }
-    }
     for (int s : {0, 1}) {
       rows_[s] = view(s).rows + extend_;
-      padded_[s] = round_up(rows_[s], k_.product_rows);
-      chunk_[s] = chunk_size(padded_[s], view(s).features);
+      padded_[s] = std::max(round_up(rows_[s], k_.product_rows), round_up(rows_[s], k_.product_columns));
+      chunk_[s] = chunk_size(padded_[s], view(s));
     }
     if (cross_) chunk_[0] = chunk_[1] = std::min(chunk_[0], chunk_[1]);
     for (int s : {0, 1}) ld_[s] = tile_ld(chunk_[s]);
@@ -152,10 +126,10 @@ class GramProblem {
   const GramKernels<A>& kernels_table() const { return k_; }
   const GramFlags& flags() const { return flags_; }
   int64_t groups() const { return groups_; }
-  const GramView& view(int side) const { return views_[side]->view; }
+  const TileSource<A>& view(int side) const { return *sides_.inputs[side]; }
   bool extended() const { return extend_; }
   bool cross() const { return cross_; }
-  bool wants(int side) const { return gradient_views_[side] != nullptr; }
+  bool wants(int side) const { return sides_.gradients[side] != nullptr; }
   int64_t rows(int side) const { return rows_[side]; }      // of a tile: the view's, and one of column means
   int64_t padded(int side) const { return padded_[side]; }  // leading dimension of the matrices
   int64_t matrix_elements() const { return elements_; }
@@ -173,16 +147,19 @@ class GramProblem {
     return measures_ && measures_->features[side] ? measures_->features[side] : view(side).features;
   }
 
-  // Calls f(group, matrices) with the complete matrices of every group, in parallel over groups.
-  template <class F>
-  void for_matrices(const F& f) const {
+  // Calls f(group, matrices) with the complete matrices of every group, in parallel over groups. known(group,
+  // matrices): fills them if they were kept, of many groups some.
+  template <class F, class K>
+  void for_matrices(const F& f, const K& known) const {
     if (groups_ >= kManyGroups) {
       parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
         Buffer<A> matrices(elements_), tiles(tile_elements(0) + tile_elements(1));
         for (int64_t g = begin; g < end; ++g) {
-          std::memset(matrices.get(), 0, elements_ * sizeof(A));
-          accumulate(g, 0, 1, 0, 1, tiles.get(), matrices.get());
-          mirror(matrices.get());
+          if (!known(g, matrices.get())) {
+            std::memset(matrices.get(), 0, elements_ * sizeof(A));
+            accumulate(g, 0, 1, 0, 1, tiles.get(), matrices.get());
+            mirror(matrices.get());
+          }
           f(g, matrices.get());
         }
       });
@@ -219,10 +196,15 @@ class GramProblem {
     }
   }
 
-  // One pass over the views; adds to what earlier blocks of the features left in `m`.
+  template <class F>
+  void for_matrices(const F& f) const {
+    for_matrices(f, [](int64_t, A*) { return false; });
+  }
+
+  // One pass over the sides; adds to what earlier blocks of the features left in `m`.
   void measure(RowMeasures<A>& m) const {
     for (int s : {0, 1}) {
-      const GramView& v = view(s);
+      const TileSource<A>& v = view(s);
       const int64_t n = v.rows, total = groups_ * n;
       const bool fresh = m.features[s] == 0;
       if (fresh) m.ref[s].assign(total, A(0)), m.sum[s].assign(total, 0.0), m.sum_sq[s].assign(total, 0.0);
@@ -233,21 +215,21 @@ class GramProblem {
       std::vector<double> sums(2 * splits * total, 0.0);
       const int64_t grain = ceil_div(kTaskElements, ceil_div(n * v.features, splits));
       parallel_for(0, groups_ * splits, grain, [&](int64_t begin, int64_t end) {
-        Buffer<A> tile(tile_elements(s)), first_column(n * k_.lanes);
+        Buffer<A> tile(tile_elements(s));
         for (int64_t task = begin; task < end; ++task) {
           const int64_t g = task / splits, split = task % splits;
           std::vector<A> ref(n, A(0));
           if (!fresh) {
             std::copy_n(m.ref[s].begin() + g * n, n, ref.begin());
           } else if (centers_rows()) {
-            k_.pack(v, g, 0, 1, TileTransform<A>{}, first_column.get(), k_.lanes, k_.lanes, n);
-            for (int64_t r = 0; r < n; ++r) ref[r] = first_column.get()[r * k_.lanes];
+            v.load(g, 0, v.unit, tile.get(), ld_[s]);
+            for (int64_t r = 0; r < n; ++r) ref[r] = tile.get()[r * ld_[s]];
           }
           if (fresh && split == 0) std::copy(ref.begin(), ref.end(), m.ref[s].begin() + g * n);
           double* sum = sums.data() + 2 * task * n;
           for (int64_t c = chunks * split / splits; c < chunks * (split + 1) / splits; ++c) {
             const int64_t first = c * chunk_[s], count = std::min(chunk_[s], v.features - first);
-            k_.pack(v, g, first, count, TileTransform<A>{}, tile.get(), ld_[s], round_up(count, k_.lanes), n);
+            v.load(g, first, count, tile.get(), ld_[s]);
             k_.row_sums(tile.get(), ld_[s], count, n, ref.data(), centers_rows() ? sum : nullptr,
                         norms() ? sum + n : nullptr);
           }
@@ -293,7 +275,7 @@ class GramProblem {
       }
     }
     if (scales_columns()) k_.project_columns(out, mine, ld_[side], width, n, column_scale(side, mine));
-    k_.unpack(gradient_views_[side]->view, g, first, count, out, ld_[side]);
+    sides_.gradients[side]->store(g, first, count, out, ld_[side]);
   }
 
  private:
@@ -302,10 +284,13 @@ class GramProblem {
   int64_t tile_elements(int side) const { return padded_[side] * ld_[side] + ld_[side]; }
   A* column_scale(int side, A* tile) const { return tile + padded_[side] * ld_[side]; }
 
-  int64_t chunk_size(int64_t padded_rows, int64_t features) const {
+  int64_t chunk_size(int64_t padded_rows, const TileSource<A>& v) const {
     const int64_t fit = kTileBytes / (padded_rows * static_cast<int64_t>(sizeof(A))) / k_.lanes * k_.lanes;
-    const int64_t share = groups_ < kManyGroups ? round_up(ceil_div(features, kTasks), k_.lanes) : kMaxChunk;
-    return std::clamp<int64_t>(std::max(fit, kLongChunk), kMinChunk, std::clamp(share, kMinChunk, kMaxChunk));
+    const int64_t share =
+        groups_ < kManyGroups ? round_up(ceil_div(v.features, kTasks), k_.lanes) : kMaxChunk;
+    const int64_t wanted =
+        std::clamp<int64_t>(std::max(fit, kLongChunk), kMinChunk, std::clamp(share, kMinChunk, kMaxChunk));
+    return std::max<int64_t>(1, wanted / v.unit) * v.unit;
   }
   // An odd number of cache lines spreads the rows of a tile over the sets of the L1 cache.
   int64_t tile_ld(int64_t columns) const {
@@ -322,7 +307,8 @@ class GramProblem {
     if (scales_columns()) t.column_scale = column_scale(side, tile);
     t.center = flags_.centered && !flags_.feature_side;
     t.extend = extend_;
-    k_.pack(view(side), g, first, count, t, tile, ld_[side], round_up(count, k_.lanes), padded_[side]);
+    view(side).load(g, first, count, tile, ld_[side]);
+    k_.transform(t, view(side).rows, count, tile, ld_[side], round_up(count, k_.lanes), padded_[side]);
   }
 
   void accumulate(int64_t g, int64_t split, int64_t splits, int64_t part, int64_t parts, A* tiles,
@@ -360,7 +346,7 @@ class GramProblem {
   GramFlags flags_;
   bool cross_, extend_;
   int64_t groups_;
-  std::unique_ptr<OwnedView> views_[2], gradient_views_[2];
+  GramSides<A> sides_;
   int64_t rows_[2], padded_[2], chunk_[2], ld_[2], offset_[3] = {}, elements_;
   std::shared_ptr<RowMeasures<A>> measures_;
 };

@@ -10,6 +10,8 @@ namespace kd {
 // Checks views and flags of a call of the gram op.
 GramFlags gram_flags(const Tensor& x, const Tensor& y, int64_t compare, bool centered, bool cosine,
                      bool inter, bool feature_side);
+// The flags alone.
+GramFlags gram_flags(int64_t compare, bool centered, bool cosine, bool inter, bool feature_side);
 
 // What a loss term is given and asked for: gradients of products (xy, xx, yy) and distance.
 struct TermGradient {

@@ -17,6 +17,7 @@
 #include "common/parallel.h"
 #include "cpu/gram_blocks.h"
 #include "cpu/gram_ops.h"
+#include "cpu/gram_run.h"
 #include "cpu/patched_map.h"
 
 namespace kd {
@@ -85,7 +86,7 @@ template <class A>
 class Blocks {
  public:
   Blocks(const Tensor& x, const Tensor& y, const Grid& grid, const Flags& flags)
-      : like_(x), grid_(grid), flags_(flags), x_(x, grid), y_(y, grid) {
+      : like_(x), other_(y), grid_(grid), flags_(flags), x_(x, grid), y_(y, grid) {
     KD_CHECK(x_.groups() == y_.groups(), "patch_gram: x and y have ", x_.groups(), " and ", y_.groups(),
              " groups");
     const int64_t groups = std::max<int64_t>(1, x_.groups()), total = total_bytes();
@@ -114,6 +115,24 @@ class Blocks {
                                : n * (n + 1) + flags_.inter * n * n;
   }
   const Sizes& sizes() const { return sizes_; }
+  // Whether all groups are one problem, without windows.
+  bool of_planes() const {
+    return !flags_.feature_side && !flags_.transposed && PlaneTiles<A>::suits(like_, grid_) &&
+           PlaneTiles<A>::suits(other_, grid_);
+  }
+  GramProblem<A> problem(const Tensor* grad_x, const Tensor* grad_y) const {
+    KD_CHECK(!flags_.inter || x_.features() == y_.features(), "patch_gram: inter needs equal features, got ",
+             x_.features(), " and ", y_.features());
+    GramSides<A> sides;
+    const Tensor* to[2] = {grad_x, grad_y};
+    for (int s : {0, 1}) {
+      sides.inputs[s] = std::make_unique<PlaneTiles<A>>(side(s));
+      if (to[s]) sides.gradients[s] = std::make_unique<PlaneTiles<A>>(side(s), to[s]);
+    }
+    return GramProblem<A>(
+        std::move(sides), groups(),
+        gram_flags(flags_.compare, flags_.centered, flags_.cosine, flags_.inter, flags_.feature_side));
+  }
   const PatchedMap<A>& side(int s) const { return s ? y_ : x_; }
   // Equal shares of the features, of whole groups of channels where they are many.
   Part part(int64_t first, int64_t count, int64_t k, int s) const {
@@ -156,7 +175,7 @@ class Blocks {
  private:
   int64_t total_bytes() const { return std::max(x_.total(), y_.total()) * static_cast<int64_t>(sizeof(A)); }
 
-  const Tensor& like_;
+  const Tensor &like_, &other_;
   Grid grid_;
   Flags flags_;
   PatchedMap<A> x_, y_;
@@ -186,11 +205,18 @@ void copy_columns(A* all, int64_t rows, int64_t columns, int64_t first, int64_t 
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, const Grid& grid,
-                                           const Flags& flags, bool save) {
+                                           const Flags& flags, int64_t saved_groups) {
   const Blocks<A> blocks(x, y, grid, flags);
   const int64_t groups = blocks.groups(), terms = flags.inter ? 2 : 1;
   Tensor products = new_empty<A>(x, {terms, 3, groups}), distance = new_empty<A>(x, {terms, groups});
-  Tensor saved = new_empty<A>(x, {save ? groups : 0, save ? blocks.saved_size() : 0});
+  const bool save = saved_groups > 0;
+  Tensor saved = new_empty<A>(x, {saved_groups, save ? blocks.saved_size() : 0});
+  advise_huge_pages(saved.data_ptr(), saved.numel() * static_cast<int64_t>(sizeof(A)));
+  if (blocks.of_planes()) {
+    run_forward(blocks.problem(nullptr, nullptr), products, distance, saved);
+    return {products, distance, save ? saved : new_empty<A>(x, {0})};
+  }
+  KD_CHECK(!save || saved_groups == groups, "patch_gram: these Grams are saved of all groups or of none");
   blocks.run([&](Window<A>& w) {
     const int64_t first = w.first(), count = w.groups();
     A* keep = save ? data_of<A>(saved) + first * saved.size(1) : nullptr;
@@ -219,6 +245,7 @@ void backward(const Tensor& grad_products, const Tensor& grad_distance, const Te
   const int64_t groups = blocks.groups();
   const Tensor gp = torch::stable::contiguous(grad_products), gd = torch::stable::contiguous(grad_distance);
   const int64_t terms = gd.size(0);
+  if (blocks.of_planes()) return run_backward(blocks.problem(grad_x, grad_y), gp, gd, saved);
   // Saved Grams know all of a side that gets no gradient, unless a cross product multiplies it.
   const bool all = !saved.numel() || flags.inter || flags.feature_side;
   const auto one = [&](Window<A>& w) {
@@ -268,10 +295,11 @@ std::tuple<Tensor, Tensor, Tensor> patch_gram_cpu(const Tensor& x, const Tensor&
                                                   int64_t patch_w, int64_t rows, int64_t columns,
                                                   bool bilinear, int64_t average, int64_t compare,
                                                   bool centered, bool cosine, bool inter, bool feature_side,
-                                                  bool transposed, bool save) {
+                                                  bool transposed, int64_t saved_groups) {
   const Grid grid = grid_of(x, y, patch_h, patch_w, rows, columns, bilinear, average);
   const Flags flags{compare, centered, cosine, inter, feature_side, transposed};
-  return is_wide(x, y) ? forward<double>(x, y, grid, flags, save) : forward<float>(x, y, grid, flags, save);
+  return is_wide(x, y) ? forward<double>(x, y, grid, flags, saved_groups)
+                       : forward<float>(x, y, grid, flags, saved_groups);
 }
 
 std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, const Tensor& grad_distance,

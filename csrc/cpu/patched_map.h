@@ -11,7 +11,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "cpu/gram_views.h"
+#include "cpu/gram_tiles.h"
 #include "cpu/patches.h"
 
 namespace kd {
@@ -67,7 +67,8 @@ class Taps {
   }
 
   AxisTaps<A> get() const {
-    return {in_, out_, padded(out_), count_, index_.data(), weight_.data(), first_.data(), windows_};
+    return {in_,           out_,           padded(out_),  count_,  in_ == out_,
+            index_.data(), weight_.data(), first_.data(), windows_};
   }
 
  private:
@@ -167,7 +168,43 @@ class PatchedMap {
     });
   }
 
+  // One unit of one group, a plane, into or out of a tile [N, pixels of a patch] of leading dimension ld.
+  void read_plane(int64_t group, int64_t unit, A* tile, int64_t ld) const {
+    std::vector<A> scratch(scratch_elements(1, map_.size(3)));
+    patch_kernels<A>().read(plane(map_, group, unit), rows_.get(), columns_.get(), plane_tile(ld), tile,
+                            scratch.data());
+  }
+  void write_plane(const torch::stable::Tensor& gradient, int64_t group, int64_t unit, const A* tile,
+                   int64_t ld) const {
+    std::vector<A> scratch(scratch_elements(1, map_.size(3)));
+    patch_kernels<A>().write(plane(gradient, group, unit), rows_adjoint_.get(), columns_adjoint_.get(),
+                             plane_tile(ld), tile, false, scratch.data());
+  }
+  const Grid& grid() const { return grid_; }
+
  private:
+  int64_t scratch_elements(int64_t planes, int64_t map_width) const {
+    const int64_t width = padded(std::max(map_width, grid_.columns * grid_.patch_w)) + 2 * kTapLanes;
+    return planes * width * (std::max(rows_.get().count, rows_adjoint_.get().count) + 2);  // patch_scratch()
+  }
+  MapPlanes plane(const torch::stable::Tensor& map, int64_t group, int64_t unit) const {
+    const int64_t image = pick(unit, group, 0), channel = pick(group, unit, 0);
+    return planes_at(map, image, channel, 1);
+  }
+  static MapPlanes planes_at(const torch::stable::Tensor& map, int64_t image, int64_t channel,
+                             int64_t planes) {
+    const int64_t at = image * map.stride(0) + channel * map.stride(1);
+    const int64_t itemsize = static_cast<int64_t>(map.element_size());
+    return {static_cast<char*>(const_cast<void*>(map.const_data_ptr())) + at * itemsize,
+            gram_dtype(map),
+            planes,
+            map.stride(1),
+            map.stride(2),
+            map.stride(3)};
+  }
+  PatchTile plane_tile(int64_t ld) const {
+    return {0, grid_.columns * ld, ld, grid_.patch_w, 1, grid_.patch_h, grid_.patch_w, 0, grid_.patch_h};
+  }
   int64_t pick(int64_t channel, int64_t batch, int64_t spatial) const {
     return grid_.average == Average::channel ? channel : grid_.average == Average::batch ? batch : spatial;
   }
@@ -189,18 +226,12 @@ class PatchedMap {
     }
     const int64_t together = map.stride(1) == 1 || spatial ? kPlanes : 1,
                   tasks = (channels + together - 1) / together;
-    const int64_t width = padded(std::max(map.size(3), grid_.columns * grid_.patch_w)) + 2 * kTapLanes;
-    const int64_t lines = std::max(rows_.get().count, rows_adjoint_.get().count) + 2;  // patch_scratch()
-    const int64_t scratch_elements = together * lines * width;
-    const int64_t itemsize = gram_dtype(map) == Dtype::f64 ? 8 : gram_dtype(map) == Dtype::f32 ? 4 : 2;
-    char* data = static_cast<char*>(const_cast<void*>(map.const_data_ptr()));
     parallel_for(0, images * tasks, 1, [&](int64_t task_begin, int64_t task_end) {
-      std::vector<A> scratch(scratch_elements);
+      std::vector<A> scratch(scratch_elements(together, map.size(3)));
       for (int64_t task = task_begin; task < task_end; ++task) {
         const int64_t b = task / tasks, c = task % tasks * together;
-        const int64_t at = (first_image + b) * map.stride(0) + (first_channel + c) * map.stride(1);
-        const MapPlanes planes{data + at * itemsize, gram_dtype(map), std::min(together, channels - c),
-                               map.stride(1),        map.stride(2),   map.stride(3)};
+        const MapPlanes planes =
+            planes_at(map, first_image + b, first_channel + c, std::min(together, channels - c));
         f(planes, tile, b * image_stride + c * channel_stride, scratch.data());
       }
     });
@@ -210,6 +241,33 @@ class PatchedMap {
   Grid grid_;
   int64_t images_, channels_;
   Taps<A> rows_, columns_, rows_adjoint_, columns_adjoint_;
+};
+
+// Groups that are channels or images: tiles of whole planes, resized straight into them.
+template <class A>
+class PlaneTiles : public TileSource<A> {
+ public:
+  // to: gradients go there; the map's values come from `map`.
+  explicit PlaneTiles(const PatchedMap<A>& map, const torch::stable::Tensor* to = nullptr)
+      : TileSource<A>(map.grid().patches(), map.features(), map.grid().pixels()), map_(map), to_(to) {}
+  void load(int64_t group, int64_t first, int64_t count, A* tile, int64_t ld) const override {
+    for (int64_t d = 0; d < count; d += this->unit) {
+      map_.read_plane(group, (first + d) / this->unit, tile + d, ld);
+    }
+  }
+  void store(int64_t group, int64_t first, int64_t count, const A* tile, int64_t ld) const override {
+    for (int64_t d = 0; d < count; d += this->unit) {
+      map_.write_plane(*to_, group, (first + d) / this->unit, tile + d, ld);
+    }
+  }
+  // Planes that are neighbours in memory, as in channels_last, are read together instead.
+  static bool suits(const torch::stable::Tensor& map, const Grid& grid) {
+    return grid.average != Average::spatial && (map.stride(3) == 1 || map.stride(1) != 1);
+  }
+
+ private:
+  const PatchedMap<A>& map_;
+  const torch::stable::Tensor* to_;
 };
 
 }  // namespace kd

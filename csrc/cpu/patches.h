@@ -16,6 +16,7 @@ constexpr int64_t kTapLanes = 8, kLinePadding = 16;
 template <class A>
 struct AxisTaps {
   int64_t in, out, padded, count;
+  bool identity;         // out[o] = in[o]
   const int32_t* index;  // [count, padded]
   const A* weight;       // [count, padded]
   // windows * kTapLanes inputs from first[k, o / kTapLanes] serve kTapLanes outputs; windows 0: more than two

@@ -202,6 +202,14 @@ void load_patches(const PatchTile& t, const A* from, int64_t planes, int64_t ld,
   }
 }
 
+// Row h of a single plane where it lies in memory as it is needed, or null.
+template <class A>
+A* own_row(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& columns, int64_t h) {
+  const bool same_type = m.dtype == (sizeof(A) == 4 ? Dtype::f32 : Dtype::f64);
+  const bool as_is = rows.identity && columns.identity && same_type && m.planes == 1 && m.column_stride == 1;
+  return as_is ? static_cast<A*>(m.data) + h * m.row_stride : nullptr;
+}
+
 // Of the last rows that went through the column map, `rows.count` are kept: [slot, plane, ld].
 template <class A>
 void read(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& columns, const PatchTile& t,
@@ -212,7 +220,10 @@ void read(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& column
   int64_t done = -1;
   const auto line = [&](int64_t h) {
     A* slot = kept + h % rows.count * m.planes * ld;
-    if (h > done) {
+    if (h > done && columns.identity) {
+      dispatch(m.dtype, [&](auto zero) { load_rows<decltype(zero)>(m, h, columns.in, slot, ld); });
+      done = h;
+    } else if (h > done) {
       dispatch(m.dtype, [&](auto zero) { load_rows<decltype(zero)>(m, h, columns.in, in, ld_in); });
       for (int64_t p = 0; p < m.planes; ++p) apply_taps(columns, in + p * ld_in, slot + p * ld);
       done = h;
@@ -221,8 +232,14 @@ void read(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& column
   };
   for (int64_t i = 0; i * t.patch_h < rows.out; ++i) {
     for (int64_t u = t.first_u; u < t.last_u; ++u) {
-      mix_rows(rows, i * t.patch_h + u, m.planes, ld, line, out);
-      store_patches(t, out, m.planes, ld, columns.out, tile + i * t.i + (u - t.first_u) * t.u);
+      const int64_t row = i * t.patch_h + u;
+      if (!rows.identity) mix_rows(rows, row, m.planes, ld, line, out);
+      const A* own = own_row(m, rows, columns, row);
+      store_patches(t,
+                    own             ? own
+                    : rows.identity ? line(row)
+                                    : out,
+                    m.planes, ld, columns.out, tile + i * t.i + (u - t.first_u) * t.u);
     }
   }
 }
@@ -240,16 +257,30 @@ void write(const MapPlanes& m, const AxisTaps<A>& rows, const AxisTaps<A>& colum
     if (u < t.first_u || u >= t.last_u) return nullptr;
     A* slot = kept + row % rows.count * m.planes * ld;
     if (row > done) {
-      load_patches(t, tile + i * t.i + (u - t.first_u) * t.u, m.planes, ld_in, columns.in, in);
-      for (int64_t p = 0; p < m.planes; ++p) apply_taps(columns, in + p * ld_in, slot + p * ld);
+      const A* from = tile + i * t.i + (u - t.first_u) * t.u;
+      if (columns.identity) {
+        load_patches(t, from, m.planes, ld, columns.in, slot);
+      } else {
+        load_patches(t, from, m.planes, ld_in, columns.in, in);
+        for (int64_t p = 0; p < m.planes; ++p) apply_taps(columns, in + p * ld_in, slot + p * ld);
+      }
       done = row;
     }
     return slot;
   };
   for (int64_t h = 0; h < rows.out; ++h) {
-    const bool found = mix_rows(rows, h, m.planes, ld, line, out);
-    if (!found && shared) continue;
-    dispatch(m.dtype, [&](auto zero) { store_rows<decltype(zero)>(m, h, columns.out, out, ld, add); });
+    const A* from = out;
+    if (A* own = shared || add ? nullptr : own_row(m, rows, columns, h)) {
+      load_patches(t, tile + h / t.patch_h * t.i + h % t.patch_h * t.u, 1, ld, columns.out, own);
+      continue;
+    }
+    if (rows.identity) {
+      from = line(h);
+    } else if (!mix_rows(rows, h, m.planes, ld, line, out) && shared) {
+      continue;
+    }
+    if (!from) continue;
+    dispatch(m.dtype, [&](auto zero) { store_rows<decltype(zero)>(m, h, columns.out, from, ld, add); });
   }
 }
 

@@ -24,12 +24,13 @@ from ._define import define, new_gradients, reference_gradients
 from .gram import _feature_side_is_cheaper as feature_side_is_cheaper
 from .gram import gram, saved_size, workspace_size
 
-# Saved Grams may take this share of a resized map, or of both maps where neither is resized, in bytes. With the blocks
-# of a few groups beside them, a call then stays below one resized copy, or 10 % of the maps.
+# Saved Grams may take this share of a resized map, or of both maps where neither is resized, in bytes. With the tiles
+# beside them, a call then stays below one resized copy, or 10 % of the maps.
 SAVED_SHARE_RESIZED = 0.55
 SAVED_SHARE = 0.07
 SAVED_SHARE_SPATIAL = 0.04  # where a block is a row of pixels: 1 / patch_h of the groups
 GPU_BLOCK_BYTES = 128 << 20
+MANY_GROUPS = 8  # from here on the C++ forward can save the Grams of some of the groups
 
 SPATIAL = AVERAGES.index("spatial")
 BATCH = AVERAGES.index("batch")
@@ -48,10 +49,10 @@ def _matrices(x: Tensor, grid: Grid, transposed: bool) -> _Matrices:
 
 
 def _fake(x, y, *arguments, size=saved_size):
-    grid, (_, _, _, inter, feature_side, turn, save) = Grid(*arguments[:6]), arguments[6:]
+    grid, (_, _, _, inter, feature_side, turn, saved_groups) = Grid(*arguments[:6]), arguments[6:]
     mx, my = (_matrices(v, grid, turn) for v in (x, y))
     groups, terms, dtype = mx.shape[0], 1 + inter, accumulator(x, y)
-    saved = (groups, size(mx, my, inter, feature_side)) if save else (0,)
+    saved = (saved_groups, size(mx, my, inter, feature_side)) if saved_groups else (0,)
     return (
         x.new_empty((terms, 3, groups), dtype=dtype),
         x.new_empty((terms, groups), dtype=dtype),
@@ -68,10 +69,8 @@ def _fake_backward(grad_products, grad_distance, x, y, *arguments):
 
 
 def _reference(x, y, *arguments):
-    grid, flags, save = Grid(*arguments[:6]), arguments[6:-1], arguments[-1]
-    products, distance = reference.patch_gram(x, y, grid, *flags)
-    saved = _fake(x, y, *arguments)[2].zero_() if save else products.new_zeros(0)
-    return products, distance, saved
+    products, distance = reference.patch_gram(x, y, Grid(*arguments[:6]), *arguments[6:-1])
+    return products, distance, _fake(x, y, *arguments)[2].zero_()
 
 
 def _reference_backward(grad_products, grad_distance, x, y, saved, *arguments):
@@ -101,11 +100,11 @@ def _part(x: Tensor, grid: Grid, block: slice) -> Tensor:
 def _triton(x, y, *arguments):
     from ..kernels import gram as kernels
 
-    grid, (*flags, transposed, save) = Grid(*arguments[:6]), arguments[6:]
+    grid, (*flags, transposed, saved_groups) = Grid(*arguments[:6]), arguments[6:]
     parts = []
     for block in _blocks(x, y, grid):
         views = (reference.view(_part(v, grid, block), grid, transposed) for v in (x, y))
-        parts.append(kernels.gram(*views, *flags, save))
+        parts.append(kernels.gram(*views, *flags, saved_groups > 0))
     products, distance, saved = zip(*parts, strict=True)
     return torch.cat(products, 2), torch.cat(distance, 1), torch.cat(saved)
 
@@ -180,7 +179,7 @@ _FLAGS = "int compare, bool centered, bool cosine, bool inter, bool feature_side
 
 define(
     "patch_gram",
-    f"(Tensor x, Tensor y, {_GRID}{_FLAGS}bool save) -> (Tensor products, Tensor distance, Tensor saved)",
+    f"(Tensor x, Tensor y, {_GRID}{_FLAGS}int saved_groups) -> (Tensor products, Tensor distance, Tensor saved)",
     _fake,
     _reference,
     _triton,
@@ -199,10 +198,10 @@ define(
 class _PatchGram(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, grid: Grid, flags: tuple, save: bool, triton: bool
+        ctx: Any, x: Tensor, y: Tensor, grid: Grid, flags: tuple, saved_groups: int, triton: bool
     ) -> tuple[Tensor, Tensor]:
         op = torch.ops.kdfast.patch_gram_triton if triton else torch.ops.kdfast.patch_gram
-        products, distance, saved = op(x, y, *grid, *flags, save)
+        products, distance, saved = op(x, y, *grid, *flags, saved_groups)
         ctx.save_for_backward(x, y, saved)
         ctx.grid, ctx.flags, ctx.triton = grid, flags, triton
         return products, distance
@@ -235,6 +234,11 @@ def row_inter_distance(x: Tensor, y: Tensor, centered: bool) -> Tensor:
     return reference_gram(x, y, compare, centered, feature_side=True)[1][0]
 
 
+def _reads_planes(x: Tensor, grid: Grid) -> bool:
+    """Whether the C++ kernels read one plane after the other: not where channels are neighbours in memory."""
+    return grid.average != SPATIAL and (x.stride(3) == 1 or x.stride(1) != 1)
+
+
 def patch_gram(
     x: Tensor,
     y: Tensor,
@@ -260,29 +264,29 @@ def patch_gram(
         nbytes = x.numel() * x.element_size() + y.numel() * y.element_size()
         share = SAVED_SHARE_SPATIAL if grid.average == SPATIAL else SAVED_SHARE
         most_saved = int(share * nbytes / accumulator(x, y).itemsize)
-    # Whole patches need no copy where the kernels read along their rows.
-    along_rows = x.stride(3) == 1 and y.stride(3) == 1 and grid.average != SPATIAL
-    if not resized and (chosen == "triton" or (chosen == "cpu" and along_rows)):
-        views = (reference.view(v, grid, transposed) for v in (x, y))
-        return gram(
-            *views,
-            compare=compare,
-            centered=centered,
-            cosine=cosine,
-            inter=inter,
-            most_saved=None if chosen == "triton" else most_saved,
-        )
     _, n, dx = grid.matrices(x)
     swap = inter and (n < dx if transposed else n > dx)  # as in gram: the other problem has the smaller Grams
     transposed = transposed != swap
     mx, my = (_matrices(v, grid, transposed) for v in (x, y))
     groups, n, dx, dy = mx.shape[0], mx.shape[1], mx.shape[5], my.shape[5]
     feature_side = not inter and feature_side_is_cheaper(n, dx, dy, compare, centered, cosine)
+    planes = not (feature_side or transposed) and all(_reads_planes(v, grid) for v in (x, y))
+    # Whole patches need no copy where the kernels read along their rows.
+    along_rows = x.stride(3) == 1 and y.stride(3) == 1 and grid.average != SPATIAL
+    if not resized and (chosen == "triton" or (chosen == "cpu" and along_rows and not planes)):
+        views = (reference.view(v, grid, transposed) for v in (x, y))
+        most = None if chosen == "triton" else most_saved
+        results = gram(
+            *views, compare=compare, centered=centered, cosine=cosine, inter=inter, most_saved=most
+        )
+        return tuple(r.flip(0) for r in results) if swap else results
     flags = (COMPARISONS.index(compare), centered, cosine, inter, feature_side, transposed)
     if chosen == "reference":
         products, distance = reference.patch_gram(x, y, grid, *flags)
     else:
         matrices = (workspace_size if chosen == "triton" else saved_size)(mx, my, inter, feature_side)
-        small = groups * matrices <= most_saved
-        products, distance = _PatchGram.apply(x, y, grid, flags, small and not cosine, chosen == "triton")
+        saved_groups = 0 if cosine else min(groups, most_saved // max(matrices, 1))
+        if saved_groups < groups and not (chosen == "cpu" and planes and groups >= MANY_GROUPS):
+            saved_groups = 0
+        products, distance = _PatchGram.apply(x, y, grid, flags, saved_groups, chosen == "triton")
     return (products.flip(0), distance.flip(0)) if swap else (products, distance)
