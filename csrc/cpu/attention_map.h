@@ -110,6 +110,7 @@ class Map {
   MapTile tile(int64_t image, int64_t pixel, int64_t row = 0) const {
     return {static_cast<char*>(at(image, pixel)) + row * row_ * size_, row_};
   }
+  int64_t row_stride() const { return row_; }
 
  private:
   static Tensor fitting(const Tensor& x, bool planar) {
