@@ -52,8 +52,8 @@ def _case(rows: int, columns: int, classes: int, source: str, reduction: str = "
         source=source,
         loss=loss,
         make=make,
-        # Student and teacher once forward; the student once backward, its gradient written; the means twice.
-        bytes=4 * (4 * rows + 2 * classes) * columns,
+        # Student, teacher and means once, the student's gradient written: forward and backward are one pass.
+        bytes=4 * (3 * rows + classes) * columns,
         flops=(8 + 3) * rows * columns,
         baselines={} if balanced else {"naive": Baseline(per_sample)},
         memory=4 * 8 * rows * columns,

@@ -35,13 +35,6 @@ const A* chunk(const DirectionRows& m, int64_t row, int64_t first, int64_t count
   return buffer;
 }
 
-template <class A>
-double lanes_sum(const Vec<A>& v) {
-  double sum = 0;
-  for (int lane = 0; lane < kLanes<A>; ++lane) sum += static_cast<double>(v[lane]);
-  return sum;
-}
-
 // `next_s`, `next_t`: from here to the row after, which is fetched meanwhile; 0 where the values were
 // converted.
 template <class A, bool kTeacher>
@@ -72,10 +65,12 @@ void add_sums(const A* s, const A* t, const A* c, int64_t count, int64_t next_s,
     if constexpr (kTeacher) rest[2] += t[i] * t[i];
     rest[3] += c[i] * c[i];
   }
-  sums.dot += lanes_sum<A>(dot[0] + dot[1]) + static_cast<double>(rest[0]);
-  sums.student += lanes_sum<A>(ss[0] + ss[1]) + static_cast<double>(rest[1]);
-  if constexpr (kTeacher) sums.teacher += lanes_sum<A>(tt[0] + tt[1]) + static_cast<double>(rest[2]);
-  sums.center += lanes_sum<A>(cc[0] + cc[1]) + static_cast<double>(rest[3]);
+  const Vec<A> totals[4] = {dot[0] + dot[1], ss[0] + ss[1], tt[0] + tt[1], cc[0] + cc[1]};
+  add_sums4(totals, rest);
+  sums.dot += static_cast<double>(rest[0]);
+  sums.student += static_cast<double>(rest[1]);
+  sums.teacher += static_cast<double>(rest[2]);
+  sums.center += static_cast<double>(rest[3]);
 }
 
 template <class A>

@@ -138,8 +138,11 @@ class _EarlyDirection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
+        second = _second.wanted()
+        if ctx.gradient is not None and not second:
+            return _early.take(ctx, grad), None
         student, teacher, centers, labels = ctx.saved_tensors
-        if _second.wanted():
+        if second:
             *flags, weight = ctx.settings
             found = _second.gradients(
                 lambda s: weight * reference.direction(s, teacher, centers, labels, *flags),
@@ -148,9 +151,8 @@ class _EarlyDirection(torch.autograd.Function):
                 (grad,),
             )
             return *found, None
-        if ctx.gradient is None:  # a second backward
-            arguments = (student, teacher, centers, labels, *ctx.settings)
-            _, ctx.gradient = torch.ops.kdfast.direction_with_gradient(*arguments)
+        arguments = (student, teacher, centers, labels, *ctx.settings)
+        _, ctx.gradient = torch.ops.kdfast.direction_with_gradient(*arguments)
         return _early.take(ctx, grad), None
 
 

@@ -128,9 +128,12 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
+        second = _second.wanted()
+        if ctx.gradient is not None and not second:
+            return _early.take(ctx, grad), None, None, None, None, None
         student, teacher, labels, *saved = ctx.saved_tensors
         need_student, need_teacher = ctx.needs_input_grad[:2]
-        if _second.wanted():
+        if second:
             found = _second.gradients(
                 lambda s, t: reference.logits(s, t, labels, *ctx.settings),
                 (student, teacher),
@@ -138,11 +141,8 @@ class _Logits(torch.autograd.Function):
                 (grad,),
             )
             return *found, None, None, None, None
-        if ctx.early:
-            if ctx.gradient is None:  # a second backward
-                _, ctx.gradient = torch.ops.kdfast.logits_with_gradient(
-                    student, teacher, labels, *ctx.settings
-                )
+        if ctx.early:  # not the first backward
+            _, ctx.gradient = torch.ops.kdfast.logits_with_gradient(student, teacher, labels, *ctx.settings)
             return _early.take(ctx, grad), None, None, None, None, None
         op = torch.ops.kdfast.logits_backward_triton if ctx.triton else torch.ops.kdfast.logits_backward
         grad_student, grad_teacher = op(
