@@ -174,6 +174,14 @@ def test_copies(chain, dtype):
 
 
 @needs_extension
+def test_large_copies():
+    """From 12 MB on results are written past the cache, where rows are whole vectors; and where they are not."""
+    for width in (160, 161):
+        check("cpu", (2, 64, 160, width), COPIES[2], floor=0.0)
+        check("cpu", (2, 64, 160, width), COPIES[4], floor=0.0)
+
+
+@needs_extension
 def test_infinity_stays_where_it_is():
     """A tap of weight 0, a cut or a dropped channel does not turn an infinity elsewhere into NaN."""
     x = torch.ones(1, 20, 6, 6)

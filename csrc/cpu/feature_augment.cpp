@@ -32,6 +32,8 @@ using namespace augment;
 
 constexpr int64_t kTaskElements = 16384;  // for a thread to be worth its start
 constexpr int64_t kTaskBytes = 1 << 17;   // the same, of copies
+constexpr int64_t kPastCache =
+    12 << 20;  // bytes of a result that, with what it is made of, fill a last cache
 
 // The planes of a tensor [B, C, H, W]; asks it for its strides once.
 class Maps {
@@ -116,6 +118,7 @@ bool copy_rows(const Chain& chain, const Size& size, const std::vector<int32_t>&
   copied.source = rows.data();
   copied.keep = mask.empty() ? nullptr : mask.data();
   const auto count = static_cast<int64_t>(rows.size());
+  copied.past_cache = size.batch * count * copied.bytes >= kPastCache;
   parallel_for(0, size.batch * count, std::max<int64_t>(1, kTaskBytes / copied.bytes),
                [&](int64_t begin, int64_t end) {
                  while (begin < end) {

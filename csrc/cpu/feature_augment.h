@@ -60,6 +60,7 @@ struct AugmentRows {
   const int32_t* source;
   const uint8_t* keep;
   int64_t bytes, from_stride, to_stride;  // in bytes
+  bool past_cache;                        // write to memory, without reading there first
 };
 
 }  // namespace kd

@@ -343,6 +343,45 @@ void add_noise(A* plane, int64_t count, int64_t first, A deviation, uint32_t see
   }
 }
 
+typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+
+template <bool kStream>
+inline void put(char* to, Bits value) {
+#if defined(__AVX512F__)
+  if constexpr (kStream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)value);
+#elif defined(__AVX2__)
+  if constexpr (kStream) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)value);
+#endif
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+// The `bytes` of a row, or zeros where `from` is null.
+template <bool kStream>
+inline void copy_row(const char* from, const uint8_t* keep, char* to, int64_t bytes) {
+  const auto vector = [&](int64_t at) {
+    Bits value = {}, mask;
+    if (from) __builtin_memcpy(&value, from + at, sizeof value);
+    if (from && keep) {
+      __builtin_memcpy(&mask, keep + at, sizeof mask);
+      value &= mask;
+    }
+    put<kStream>(to + at, value);
+  };
+  int64_t at = 0;
+  for (; at + kVectorBytes <= bytes; at += kVectorBytes) vector(at);
+  if (at == bytes) return;
+  if (at > 0) return vector(bytes - kVectorBytes);  // some bytes a second time
+  for (; at < bytes; ++at) to[at] = from ? static_cast<char>(keep ? from[at] & keep[at] : from[at]) : 0;
+}
+
+template <bool kStream>
+void copy_rows(const AugmentRows& rows, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    const char* const from = rows.source[r] < 0 ? nullptr : rows.from + rows.source[r] * rows.from_stride;
+    copy_row<kStream>(from, rows.keep, rows.to + r * rows.to_stride, rows.bytes);
+  }
+}
+
 }  // namespace
 
 extern const AugmentKernels<float> augment_float;
@@ -354,31 +393,18 @@ const AugmentKernels<double> augment_double = {load_any<double>, store_any<doubl
 
 void augment_rows(const AugmentRows& rows, int64_t begin, int64_t end);
 void augment_rows(const AugmentRows& rows, int64_t begin, int64_t end) {
-  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
-  const int64_t bytes = rows.bytes, whole = bytes - bytes % kVectorBytes;
-  const auto masked = [&](const char* from, char* to, int64_t at) {
-    Bits value, keep;
-    __builtin_memcpy(&value, from + at, sizeof value);
-    __builtin_memcpy(&keep, rows.keep + at, sizeof keep);
-    value &= keep;
-    __builtin_memcpy(to + at, &value, sizeof value);
-  };
-  for (int64_t r = begin; r < end; ++r) {
-    char* const to = rows.to + r * rows.to_stride;
-    const char* const from = rows.from + rows.source[r] * rows.from_stride;
-    if (rows.source[r] < 0) {
-      __builtin_memset(to, 0, static_cast<uint64_t>(bytes));
-    } else if (rows.keep == nullptr) {
-      __builtin_memcpy(to, from, static_cast<uint64_t>(bytes));
-    } else {
-      for (int64_t at = 0; at < whole; at += kVectorBytes) masked(from, to, at);
-      if (whole < bytes && whole > 0) {
-        masked(from, to, bytes - kVectorBytes);  // some bytes a second time
-      } else {
-        for (int64_t at = whole; at < bytes; ++at) to[at] = static_cast<char>(from[at] & rows.keep[at]);
-      }
-    }
+#if defined(__AVX2__)
+  const bool aligned = (reinterpret_cast<uintptr_t>(rows.to) | static_cast<uintptr_t>(rows.to_stride) |
+                        static_cast<uintptr_t>(rows.bytes)) %
+                           kVectorBytes ==
+                       0;
+  if (rows.past_cache && aligned) {
+    copy_rows<true>(rows, begin, end);
+    _mm_sfence();
+    return;
   }
+#endif
+  copy_rows<false>(rows, begin, end);
 }
 
 }  // namespace kd::KD_ISA
