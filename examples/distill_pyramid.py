@@ -4,7 +4,7 @@ Scenes of 96 x 96 pixels hold handwritten digits on noise; two-level pyramids (s
 the digit at every fourth pixel. A teacher is trained once; students learn alone, with PCKA, and with PCKA + mimic. Then
 the share of a training step that PCKA takes is measured for the published loop, plain PyTorch and kdfast's kernels.
 
-    python examples/distill_pyramid.py [--steps 250] [--seeds 2] [--out distill_pyramid.png]
+    python examples/distill_pyramid.py [--steps 200] [--seeds 2] [--out distill_pyramid.png]
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=250, help="of every training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of every training (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="students of every kind (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("distill_pyramid.png"), help="figure (%(default)s)")
     options = parser.parse_args()

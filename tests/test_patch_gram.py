@@ -107,6 +107,23 @@ def test_compiles_without_graph_breaks() -> None:
         torch.testing.assert_close(g, want)
 
 
+# One-pixel patches of one image: channels are neighbours in the matrices of every average.
+@needs_extension
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("shape", [(1, 21, 4, 5), (2, 21, 2, 2), (1, 5, 2, 3)], ids=str)
+def test_patches_of_one_pixel(shape: tuple[int, ...], average: str) -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        inputs = [v.detach().contiguous(memory_format=layout).requires_grad_() for v in maps(shape, shape)]
+        loss = kdfast.PCKALoss(patch_size=1, average=average, centered=False, inter_weight=0.5)
+        check(
+            loss,
+            lambda s, t: naive_pcka(s, t, patch=(1, 1), average=average, centered=False, inter=0.5),
+            inputs,
+            "cpu",
+            3e-5,
+        )
+
+
 def test_reference_views_share_memory() -> None:
     x = torch.randn(2, 3, 8, 12)
     for average in (0, 1):

@@ -10,7 +10,8 @@ namespace kd {
 
 // Source: groups(), blocks(); for block k of the features of a side, views [G, R1, R2, F1, F2, F3] that stand
 // until the next block: view(k, side), without values; load(k, side), with them; gradient(k, side), to be
-// written; and store(k), which keeps the gradients that were asked for.
+// written; and store(k), which keeps the gradients that were asked for. another(): for one more thread;
+// grain(): blocks that a thread at least takes; release(): gives its memory back.
 template <class A, class Source>
 class GramBlocks {
  public:
@@ -40,30 +41,35 @@ class GramBlocks {
     const bool needs[2] = {need_x, need_y}, both = flags_.inter;
     if (!saved.numel()) add();
     std::vector<GroupMix<A>> mixes(groups_);
-    for (int64_t k = 0; k < blocks_; ++k) {
+    const auto problem = [&](Source& source, int64_t k, bool values) {
       Tensor inputs[2], gradients[2];
       for (int s : {0, 1}) {
-        inputs[s] = needs[s] || both ? source_.load(k, s) : source_.view(k, s);
-        if (needs[s]) gradients[s] = source_.gradient(k, s);
+        inputs[s] = values && (needs[s] || both) ? source.load(k, s) : source.view(k, s);
+        if (needs[s]) gradients[s] = source.gradient(k, s);
       }
-      const GramProblem<A> p(inputs[0], inputs[1], flags_, need_x ? &gradients[0] : nullptr,
-                             need_y ? &gradients[1] : nullptr, measures_);
-      if (k == 0) {
-        const auto mix = [&](int64_t g, A* m) {
-          mixes[g] = group_mix(p, g, m, grad_products, grad_distance);
-        };
-        if (saved.numel()) {
-          for_saved_matrices(p, saved, mix);
-        } else {
-          parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t g = begin; g < end; ++g) mix(g, matrices_.data() + g * p.matrix_elements());
-          });
-        }
-        matrices_ = {};
+      return GramProblem<A>(inputs[0], inputs[1], flags_, need_x ? &gradients[0] : nullptr,
+                            need_y ? &gradients[1] : nullptr, measures_);
+    };
+    {
+      const GramProblem<A> p = problem(source_, 0, false);
+      const auto mix = [&](int64_t g, A* m) { mixes[g] = group_mix(p, g, m, grad_products, grad_distance); };
+      if (saved.numel()) {
+        for_saved_matrices(p, saved, mix);
+      } else {
+        parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t g = begin; g < end; ++g) mix(g, matrices_.data() + g * p.matrix_elements());
+        });
       }
-      write_gradients(p, mixes);
-      source_.store(k);
+      matrices_ = {};
     }
+    source_.release();
+    parallel_for(0, blocks_, source_.grain(), [&](int64_t begin, int64_t end) {
+      Source mine = source_.another();
+      for (int64_t k = begin; k < end; ++k) {
+        write_gradients(problem(mine, k, true), mixes);
+        mine.store(k);
+      }
+    });
   }
 
  private:

@@ -30,6 +30,10 @@ constexpr int64_t kBlockBytes = 1 << 20, kLeastBlockBytes = 1 << 17, kBlockShare
 constexpr int64_t kPartBytes = 4 << 20, kPartShare = 8;  // the same where features are cut
 // Enough for one task per group in the gram op: taken where they need up to twice that.
 constexpr int64_t kBlockGroups = 8;
+// Of the windows of spatial groups, per side: they stay in the L2 cache.
+constexpr int64_t kRowBytes = 1 << 19, kLeastRowBytes = 1 << 15, kRowShare = 64, kRowShareUnresized = 128;
+// Share of a resized map for what multiplies the patches of all spatial groups.
+constexpr double kMixShare = 0.32;
 // Share of a resized map for the workspaces of threads that work on blocks of their own.
 constexpr int64_t kWorkspaceShare = 2, kWorkspaceShareUnresized = 8;
 
@@ -40,10 +44,28 @@ struct Flags {
 
 struct Sizes {
   int64_t groups, parts;  // of a block of groups; blocks of its features
+  int64_t bytes;          // of the patch matrices of a part, per side
 };
 
 template <class A>
 class Blocks;
+
+// Grows on demand; what it held is then lost.
+template <class A>
+class WindowBuffer {
+ public:
+  A* data() const { return buffer_ ? buffer_->get() : nullptr; }
+  void reserve(int64_t count) {
+    if (count <= count_) return;
+    release();
+    buffer_ = std::make_unique<Buffer<A>>(count), count_ = count;
+  }
+  void release() { buffer_.reset(), count_ = 0; }
+
+ private:
+  std::unique_ptr<Buffer<A>> buffer_;
+  int64_t count_ = 0;
+};
 
 // Memory of one thread for the patch matrices of some groups; a source of GramBlocks.
 template <class A>
@@ -51,6 +73,17 @@ class Window {
  public:
   Window(const Blocks<A>& blocks, Tensor* grad_x = nullptr, Tensor* grad_y = nullptr)
       : blocks_(blocks), to_{grad_x, grad_y} {}
+
+  Window another() const {
+    Window w(blocks_, to_[0], to_[1]);
+    w.set_groups(first_, count_);
+    return w;
+  }
+  int64_t grain() const { return blocks_.window_fits(to_[0], to_[1]) ? 1 : blocks(); }
+
+  void release() {
+    for (int s : {0, 1}) tiles_[s].release(), gradients_[s].release();
+  }
 
   void set_groups(int64_t first, int64_t count) { first_ = first, count_ = count; }
   int64_t first() const { return first_; }
@@ -79,30 +112,51 @@ class Window {
   const Blocks<A>& blocks_;
   Tensor* to_[2];
   int64_t first_ = 0, count_ = 0;
-  std::vector<A> tiles_[2], gradients_[2];
+  WindowBuffer<A> tiles_[2], gradients_[2];
 };
 
 template <class A>
 class Blocks {
  public:
-  Blocks(const Tensor& x, const Tensor& y, const Grid& grid, const Flags& flags)
+  // at_once: spatial groups all in one block.
+  Blocks(const Tensor& x, const Tensor& y, const Grid& grid, const Flags& flags, bool at_once = false)
       : like_(x), other_(y), grid_(grid), flags_(flags), x_(x, grid), y_(y, grid) {
     KD_CHECK(x_.groups() == y_.groups(), "patch_gram: x and y have ", x_.groups(), " and ", y_.groups(),
              " groups");
     const int64_t groups = std::max<int64_t>(1, x_.groups()), total = total_bytes();
     const int64_t bytes = std::max<int64_t>(1, total / groups);
     const bool resized = x_.resized() || y_.resized();
+    const int64_t units = std::max<int64_t>(1, std::min(x_.units(), y_.units()));
+    // The other side of a problem has patches as features, which no block of a map holds.
+    const bool whole = flags.feature_side || flags.transposed;
+    if (grid.average == Average::spatial && !whole) {
+      const int64_t map = std::max(x.numel() * static_cast<int64_t>(x.element_size()),
+                                   y.numel() * static_cast<int64_t>(y.element_size()));
+      sizes_.groups = at_once ? groups : grid.patch_w;
+      const int64_t matrix_row = sizes_.groups * grid.patches() * static_cast<int64_t>(sizeof(A));
+      const int64_t most =
+          std::clamp(map / (resized ? kRowShare : kRowShareUnresized), kLeastRowBytes, kRowBytes) /
+          matrix_row;
+      sizes_.parts = std::max<int64_t>(1, units / std::max(kPlanes, most / kPlanes * kPlanes));
+      sizes_.bytes = matrix_row * ceil_div(std::max(x_.units(), y_.units()), sizes_.parts);
+      return;
+    }
     const int64_t wanted = std::clamp(total / kBlockShare, kLeastBlockBytes, kBlockBytes) >> !resized;
     const int64_t unit = grid.average == Average::spatial ? grid.patch_w : 1;
     int64_t count = std::max<int64_t>(1, wanted / bytes);
     if (count < kBlockGroups && kBlockGroups * bytes <= 2 * wanted) count = kBlockGroups;
     sizes_.groups = std::clamp(round_up(count, unit), unit, std::max(unit, groups));
-    // The other side of a problem has patches as features, which no block of a map holds.
-    const bool whole = flags.feature_side || flags.transposed;
     // Threads meet several times in every block of features: no more of them than memory asks for.
     const int64_t part = resized ? std::max(wanted, std::min(total / kPartShare, kPartBytes)) : wanted;
-    const int64_t units = std::max<int64_t>(1, std::min(x_.units(), y_.units()));
     sizes_.parts = whole ? 1 : std::clamp<int64_t>(sizes_.groups * bytes / part, 1, units);
+    sizes_.bytes = std::min(sizes_.groups, groups) * bytes / sizes_.parts;
+  }
+
+  // Whether every thread may have a window of its own.
+  bool window_fits(const Tensor* grad_x, const Tensor* grad_y) const {
+    const int64_t share = x_.resized() || y_.resized() ? kWorkspaceShare : kWorkspaceShareUnresized;
+    return num_threads() * (2 + (grad_x != nullptr) + (grad_y != nullptr)) * sizes_.bytes <=
+           total_bytes() / share;
   }
 
   int64_t groups() const { return x_.groups(); }
@@ -136,7 +190,8 @@ class Blocks {
   const PatchedMap<A>& side(int s) const { return s ? y_ : x_; }
   // Equal shares of the features, of whole groups of channels where they are many.
   Part part(int64_t first, int64_t count, int64_t k, int s) const {
-    const int64_t units = side(s).units(), step = units % (kPlanes * sizes_.parts) ? 1 : kPlanes;
+    const int64_t units = side(s).units();
+    const int64_t step = units % kPlanes || units < kPlanes * sizes_.parts ? 1 : kPlanes;
     const int64_t begin = units / step * k / sizes_.parts * step;
     return {first, count, begin, units / step * (k + 1) / sizes_.parts * step - begin};
   }
@@ -146,11 +201,8 @@ class Blocks {
   template <class F>
   void run(const F& f, Tensor* grad_x = nullptr, Tensor* grad_y = nullptr) const {
     const int64_t blocks = ceil_div(groups(), sizes_.groups), threads = num_threads();
-    const int64_t window = (2 + (grad_x != nullptr) + (grad_y != nullptr)) * total_bytes() /
-                           std::max<int64_t>(1, blocks * sizes_.parts);
-    const int64_t share = x_.resized() || y_.resized() ? kWorkspaceShare : kWorkspaceShareUnresized;
-    const bool apart = grid_.average != Average::spatial && blocks >= 2 * threads &&
-                       threads * window <= total_bytes() / share;
+    const bool adds = (grad_x && x_.adds(sizes_.groups)) || (grad_y && y_.adds(sizes_.groups));
+    const bool apart = !adds && blocks >= 2 * threads && window_fits(grad_x, grad_y);
     const auto run_blocks = [&](int64_t first, int64_t last) {
       Window<A> mine(*this, grad_x, grad_y);
       for (int64_t b = first; b < last; ++b) {
@@ -161,9 +213,9 @@ class Blocks {
     apart ? parallel_for(0, blocks, 1, run_blocks) : run_blocks(0, blocks);
   }
 
-  Tensor view(std::vector<A>& data, const Part& part, int s) const {
+  Tensor view(WindowBuffer<A>& data, const Part& part, int s) const {
     const int64_t groups = part.groups, n = grid_.patches(), d = side(s).features(part);
-    if (static_cast<int64_t>(data.size()) < groups * n * d) data.resize(groups * n * d);
+    data.reserve(groups * n * d);
     const std::vector<int64_t> sizes = flags_.transposed ? std::vector<int64_t>{groups, d, 1, 1, 1, n}
                                                          : std::vector<int64_t>{groups, n, 1, 1, 1, d};
     const std::vector<int64_t> strides = flags_.transposed ? std::vector<int64_t>{n * d, 1, 1, 1, 1, d}
@@ -240,8 +292,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
 
 template <class A>
 void backward(const Tensor& grad_products, const Tensor& grad_distance, const Tensor& x, const Tensor& y,
-              const Tensor& saved, const Grid& grid, const Flags& flags, Tensor* grad_x, Tensor* grad_y) {
-  const Blocks<A> blocks(x, y, grid, flags);
+              const Tensor& saved, const Grid& grid, const Flags& flags, bool at_once, Tensor* grad_x,
+              Tensor* grad_y) {
+  const Blocks<A> blocks(x, y, grid, flags, at_once);
   const int64_t groups = blocks.groups();
   const Tensor gp = torch::stable::contiguous(grad_products), gd = torch::stable::contiguous(grad_distance);
   const int64_t terms = gd.size(0);
@@ -269,6 +322,19 @@ void backward(const Tensor& grad_products, const Tensor& grad_distance, const Te
     if (grad_y) w.store(0, 1, data_of<A>(std::get<1>(gradients)));
   };
   blocks.run(one, grad_x, grad_y);
+}
+
+// Whether the gradients of spatial groups are made of all groups at once, so that each pixel is written once.
+bool mixes_at_once(const Tensor& x, const Tensor& y, const Tensor& saved, const Grid& grid,
+                   const Flags& flags, int64_t sides) {
+  if (grid.average != Average::spatial || flags.feature_side || flags.transposed || !saved.numel())
+    return false;
+  const auto resized = [&](const Tensor& v) {
+    return v.size(2) != grid.rows * grid.patch_h || v.size(3) != grid.columns * grid.patch_w;
+  };
+  if (!resized(x) && !resized(y)) return false;
+  const double n = static_cast<double>(grid.patches()), features = static_cast<double>(x.size(0) * x.size(1));
+  return static_cast<double>(sides) * n * (1 + flags.inter) <= kMixShare * features;
 }
 
 bool is_wide(const Tensor& x, const Tensor& y) {
@@ -312,6 +378,7 @@ std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, 
   const Grid grid = grid_of(x, y, patch_h, patch_w, rows, columns, bilinear, average);
   const Flags flags{compare, centered, cosine, inter, feature_side, transposed};
   const bool wide = is_wide(x, y), spatial = grid.average == Average::spatial;
+  const bool at_once = mixes_at_once(x, y, saved, grid, flags, need_x + need_y);
   Tensor gradients[2], sums[2];
   for (int s : {0, 1}) {
     const Tensor& v = s ? y : x;
@@ -321,16 +388,16 @@ std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, 
     const ScalarType sum_type = wide ? ScalarType::Double : ScalarType::Float;
     // Spatial groups add to rows of the map that they share: in the accumulation type.
     const bool resized = v.size(2) != rows * patch_h || v.size(3) != columns * patch_w;
-    const bool apart = spatial && resized && v.scalar_type() != sum_type;
+    const bool adds = spatial && resized && !at_once, apart = adds && v.scalar_type() != sum_type;
     sums[s] = apart ? torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2), v.size(3)}, sum_type)
                     : gradients[s];
-    if (spatial) torch::stable::zero_(sums[s]);
+    if (adds) torch::stable::zero_(sums[s]);
   }
   Tensor *to_x = need_x ? &sums[0] : nullptr, *to_y = need_y ? &sums[1] : nullptr;
   if (wide) {
-    backward<double>(grad_products, grad_distance, x, y, saved, grid, flags, to_x, to_y);
+    backward<double>(grad_products, grad_distance, x, y, saved, grid, flags, at_once, to_x, to_y);
   } else {
-    backward<float>(grad_products, grad_distance, x, y, saved, grid, flags, to_x, to_y);
+    backward<float>(grad_products, grad_distance, x, y, saved, grid, flags, at_once, to_x, to_y);
   }
   for (int s : {0, 1}) {
     if ((s ? need_y : need_x) && sums[s].data_ptr() != gradients[s].data_ptr())

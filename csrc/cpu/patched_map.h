@@ -21,9 +21,6 @@ KD_DECLARE_ISA(extern const PatchKernels<float> patches_float;
 
 enum class Average : int { channel, batch, spatial };
 
-constexpr int64_t kPlanes =
-    16;  // channels that a task works on together where they are neighbours in a map or a matrix
-
 inline int64_t padded(int64_t n) { return (n + kLinePadding - 1) / kLinePadding * kLinePadding; }
 
 template <class A>
@@ -112,8 +109,8 @@ class Taps {
   std::vector<A> weight_;
 };
 
-// Some groups and some of their features, in units of what the features run over: images (channel) or
-// channels.
+// Some groups and some of their features, in units of what the features run over: images (channel), channels
+// (batch) or channels of one image after the other (spatial).
 struct Part {
   int64_t first_group, groups, first_unit, units;
 };
@@ -142,10 +139,8 @@ class PatchedMap {
 
   int64_t groups() const { return pick(channels_, images_, grid_.pixels()); }
   int64_t features() const { return images_ * channels_ * grid_.pixels() / std::max<int64_t>(groups(), 1); }
-  int64_t units() const { return pick(images_, channels_, channels_); }
-  int64_t features(const Part& part) const {
-    return part.units * pick(grid_.pixels(), grid_.pixels(), images_);
-  }
+  int64_t units() const { return pick(images_, channels_, images_ * channels_); }
+  int64_t features(const Part& part) const { return part.units * pick(grid_.pixels(), grid_.pixels(), 1); }
   int64_t elements(const Part& part) const { return part.groups * grid_.patches() * features(part); }
   int64_t total() const { return groups() * grid_.patches() * features(); }
   bool resized() const {
@@ -158,10 +153,12 @@ class PatchedMap {
       patch_kernels<A>().read(planes, rows_.get(), columns_.get(), t, tiles + offset, scratch);
     });
   }
-  // Where blocks share rows of the map, adds to what is there.
-  bool adds() const { return grid_.average == Average::spatial && resized(); }
+  // Where parts share rows of the map, adds to what is there.
+  bool adds(int64_t groups) const {
+    return grid_.average == Average::spatial && resized() && groups < grid_.pixels();
+  }
   void write(torch::stable::Tensor& gradient, const Part& part, const A* tiles) const {
-    const bool add = adds();
+    const bool add = adds(part.groups);
     for_planes(gradient, part, [&](const MapPlanes& planes, const PatchTile& t, int64_t offset, A* scratch) {
       patch_kernels<A>().write(planes, rows_adjoint_.get(), columns_adjoint_.get(), t, tiles + offset, add,
                                scratch);
@@ -211,20 +208,15 @@ class PatchedMap {
 
   template <class F>
   void for_planes(const torch::stable::Tensor& map, const Part& part, const F& f) const {
-    const bool spatial = grid_.average == Average::spatial;
+    if (grid_.average == Average::spatial) return for_neighbours(map, part, f);
     const int64_t d = features(part), group = grid_.patches() * d, pixels = grid_.pixels();
-    const int64_t begin = part.first_group, end = begin + part.groups, unit = part.first_unit,
-                  units = part.units;
-    const int64_t first_image = pick(unit, begin, 0), images = pick(units, part.groups, images_);
-    const int64_t first_channel = pick(begin, unit, unit), channels = pick(part.groups, units, units);
-    const int64_t image_stride = pick(pixels, group, channels), channel_stride = pick(group, pixels, 1);
-    PatchTile tile{channel_stride, grid_.columns * d, d, grid_.patch_w, 1,
-                   grid_.patch_h,  grid_.patch_w,     0, grid_.patch_h};
-    if (spatial) {
-      tile.u = grid_.patch_w * group, tile.v = group;
-      tile.first_u = begin / grid_.patch_w, tile.last_u = end / grid_.patch_w;
-    }
-    const int64_t together = map.stride(1) == 1 || spatial ? kPlanes : 1,
+    const int64_t begin = part.first_group, unit = part.first_unit, units = part.units;
+    const int64_t first_image = pick(unit, begin, 0), images = pick(units, part.groups, 0);
+    const int64_t first_channel = pick(begin, unit, 0), channels = pick(part.groups, units, 0);
+    const int64_t image_stride = pick(pixels, group, 0), channel_stride = pick(group, pixels, 0);
+    const PatchTile tile{channel_stride, grid_.columns * d, d, grid_.patch_w, 1,
+                         grid_.patch_h,  grid_.patch_w,     0, grid_.patch_h};
+    const int64_t together = map.stride(1) == 1 || tile.plane == 1 ? kPlanes : 1,
                   tasks = (channels + together - 1) / together;
     parallel_for(0, images * tasks, 1, [&](int64_t task_begin, int64_t task_end) {
       std::vector<A> scratch(scratch_elements(together, map.size(3)));
@@ -233,6 +225,36 @@ class PatchedMap {
         const MapPlanes planes =
             planes_at(map, first_image + b, first_channel + c, std::min(together, channels - c));
         f(planes, tile, b * image_stride + c * channel_stride, scratch.data());
+      }
+    });
+  }
+
+  // Spatial groups, whole rows of pixels: up to kPlanes channels of an image at a time.
+  template <class F>
+  void for_neighbours(const torch::stable::Tensor& map, const Part& part, const F& f) const {
+    const int64_t d = part.units, group = grid_.patches() * d;
+    const PatchTile tile{1,
+                         grid_.columns * d,
+                         d,
+                         grid_.patch_w * group,
+                         group,
+                         grid_.patch_h,
+                         grid_.patch_w,
+                         part.first_group / grid_.patch_w,
+                         (part.first_group + part.groups) / grid_.patch_w};
+    std::vector<int64_t> begins;
+    for (int64_t k = 0; k < d;) {
+      begins.push_back(k);
+      k += std::min({kPlanes, d - k, channels_ - (part.first_unit + k) % channels_});
+    }
+    begins.push_back(d);
+    parallel_for(0, static_cast<int64_t>(begins.size()) - 1, 1, [&](int64_t first, int64_t last) {
+      std::vector<A> scratch(scratch_elements(kPlanes, map.size(3)));
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t unit = part.first_unit + begins[i];
+        const MapPlanes planes =
+            planes_at(map, unit / channels_, unit % channels_, begins[i + 1] - begins[i]);
+        f(planes, tile, begins[i], scratch.data());
       }
     });
   }

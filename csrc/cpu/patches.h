@@ -12,6 +12,8 @@ namespace kd {
 // A sparse linear map along one axis: out[o] = sum_k weight[k, o] * in[index[k, o]], index ascending in k and
 // in o. Rows of the tables, and lines of a plane, are padded to kLinePadding with weight 0.
 constexpr int64_t kTapLanes = 8, kLinePadding = 16;
+// Channels that go together where they are neighbours in a map or a matrix.
+constexpr int64_t kPlanes = 16;
 
 template <class A>
 struct AxisTaps {
@@ -33,7 +35,7 @@ struct MapPlanes {
 };
 
 // Where pixel (i * patch_h + u, j * patch_w + v) of a plane lies in the patch matrices; only u in [first_u,
-// last_u) is there.
+// last_u) is there. plane 1: the channels of a pixel are neighbours.
 struct PatchTile {
   int64_t plane, i, j, u, v;  // strides
   int64_t patch_h, patch_w, first_u, last_u;

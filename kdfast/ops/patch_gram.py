@@ -27,8 +27,8 @@ from .gram import gram, saved_size, workspace_size
 # Saved Grams may take this share of a resized map, or of both maps where neither is resized, in bytes. With the tiles
 # beside them, a call then stays below one resized copy, or 10 % of the maps.
 SAVED_SHARE_RESIZED = 0.55
-SAVED_SHARE = 0.07
-SAVED_SHARE_SPATIAL = 0.04  # where a block is a row of pixels: 1 / patch_h of the groups
+SAVED_SHARE = 0.04
+SAVED_SHARE_SPATIAL = 0.02  # where a block is a row of pixels: 1 / patch_h of the groups
 GPU_BLOCK_BYTES = 128 << 20
 MANY_GROUPS = 8  # from here on the C++ forward can save the Grams of some of the groups
 
