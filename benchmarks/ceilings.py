@@ -18,8 +18,9 @@ MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 class Ceilings:
     """Bytes per second of a copy, and floating point operations per second of a square matrix product.
 
-    The copy is measured with buffers of the working set's size (to the next power of two), so that a case
-    that fits a cache is held against that cache. Each figure is the best of several tries.
+    The copy is measured with two buffers that make up the working set (inputs and gradients; at most an eighth
+    more), so that a case that fits a cache is held against that cache, and one that does not is not. Each
+    figure is the best of several tries.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +31,7 @@ class Ceilings:
     def bandwidth(self, working_set: int | None = None) -> float:
         """Bytes read plus bytes written per second; without a working set, that of the memory."""
         kind = self.device.type
-        half = LARGEST_COPY[kind] if working_set is None else 1 << max(working_set // 2 - 1, 1).bit_length()
+        half = LARGEST_COPY[kind] if working_set is None else _rounded_up(working_set // 2)
         half = min(max(half, SMALLEST_COPY[kind]), LARGEST_COPY[kind])
         if half not in self._copies:
             source = torch.ones(half // 4, device=self.device)
@@ -67,3 +68,9 @@ class Ceilings:
             fn()
         synchronize()
         return time.perf_counter() - start
+
+
+def _rounded_up(nbytes: int) -> int:
+    """To at most an eighth more, so that similar sizes share a measurement."""
+    step = max(1 << max(nbytes.bit_length() - 4, 0), 4)
+    return -(-nbytes // step) * step

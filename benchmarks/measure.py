@@ -277,7 +277,9 @@ def _summarise(row: Row, samples: list[float]) -> None:
 
 def _derive(case: Case, rows: list[Row], inputs: Sequence[Tensor], ceilings: Ceilings) -> None:
     """Speed-ups over the best provider that is not kdfast's, rates, and shares of the floor."""
-    floor = ceilings.floor(case.bytes, case.flops, sum(map(_nbytes, inputs)), case.dtype)
+    gradients = (x for x in inputs if x.requires_grad)
+    working_set = sum(map(_nbytes, inputs)) + sum(map(_nbytes, gradients))
+    floor = ceilings.floor(case.bytes, case.flops, working_set, case.dtype)
     for key, ratio in (("median_ms", "speedup"), ("wall_ms", "wall_speedup")):
         others = [row[key] for row in rows if key in row and row["provider"] not in KDFAST]
         for row in rows:

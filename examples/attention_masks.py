@@ -79,24 +79,30 @@ def train(width: int, images: Tensor, steps: int, name: str) -> Denoiser:
 
 
 def draw(image: Tensor, student: Tensor, teacher: Tensor, path: Path) -> None:
-    """One row per way of joining the masks, one column per temperature, beside the photograph and the attention."""
-    figure, axes = plt.subplots(2, 4, figsize=(14, 5), layout="constrained")
-    axes[0, 0].imshow(image.permute(1, 2, 0))
-    axes[0, 0].set_title("photograph")
-    axes[1, 0].imshow(teacher[0].abs().mean(0), cmap="magma")
-    axes[1, 0].set_title("teacher's attention")
-    for row, (mode, label) in zip(axes, MODES.items(), strict=True):
-        for axis, temperature in zip(row[1:], TEMPERATURES, strict=True):
+    """One row per way of joining the masks, one column per temperature; on the left what they are made of."""
+    panels = [[f"{mode} {t}" for t in TEMPERATURES] for mode in MODES]
+    left = ["photograph", "photograph", "student", "student", "teacher", "teacher"]
+    mosaic = [[side, *panels[row // 3]] for row, side in enumerate(left)]
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(14, 5.6), layout="constrained")
+    axes["photograph"].imshow(image.permute(1, 2, 0))
+    axes["photograph"].set_title("photograph")
+    for name, features in (("student", student), ("teacher", teacher)):
+        axes[name].imshow(features[0].abs().mean(0), cmap="magma")
+        axes[name].set_title(f"{name}'s attention")
+    for (mode, label), row in zip(MODES.items(), panels, strict=True):
+        for name, temperature in zip(row, TEMPERATURES, strict=True):
             mask, _ = attention_masks(student, teacher, temperature=temperature, mode=mode)
-            shown = axis.imshow(mask[0, 0], cmap="magma", norm=LogNorm(0.1, 10))
-            title = f"T = {temperature}: {mask.min():.2f} to {mask.max():.2f}"
-            axis.set_title(title)
+            # White is weight 1, that of every pixel without a mask.
+            shown = axes[name].imshow(mask[0, 0], cmap="RdBu_r", norm=LogNorm(0.1, 10))
+            title = f"T = {temperature}: weights {mask.min():.2g} to {mask.max():.4g}"
+            axes[name].set_title(title)
             if mode == "mean_of_softmax":
                 print(title)
-        row[1].set_ylabel(label)
-    for axis in axes.flat:
+        axes[row[0]].set_ylabel(label)
+    for axis in axes.values():
         axis.set(xticks=[], yticks=[])
-    figure.colorbar(shown, ax=axes, label="weight of a pixel (mean 1)", extend="both")
+    masks = [axes[name] for row in panels for name in row]
+    figure.colorbar(shown, ax=masks, label="weight of a pixel in L_AM (mean 1)", extend="both")
     figure.savefig(path, dpi=110)
 
 

@@ -282,3 +282,20 @@ def test_large_maps(signed, channels_last):
     made = [layouts["channels_last"](v) if channels_last else v for v in maps(2, 128, 129, 257)]
     assert made[0].nbytes > 32 << 20 and made[0][:, 0].numel() > 16 * 4096
     check("cpu", *made, **SETTINGS[1] | {"signed": signed})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("detach_mask", [False, True])
+def test_loss_alone(backend, detach_mask):
+    """What the caller asks for beside the loss changes neither it nor its gradient."""
+    x, y, _ = maps(2, 5, 3, 7)
+    x.requires_grad_()
+    found = []
+    with kdfast.use_backend(backend):
+        for asked in ({"distances": False}, {"pooled": False}, {}):
+            values = attention_mask(x, y, **PLAIN, detach_mask=detach_mask, **asked)
+            found.append((len(values), values[0], *torch.autograd.grad(values[0], x)))
+    assert [count for count, *_ in found] == [1, 2, 4]
+    for _, loss, gradient in found[1:]:
+        torch.testing.assert_close(loss, found[0][1])
+        torch.testing.assert_close(gradient, found[0][2])

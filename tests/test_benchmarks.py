@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kdfast
-from benchmarks import memory, report
+from benchmarks import ceilings, memory, report
 from benchmarks.__main__ import main
 from benchmarks.case import Baseline, Case, pair
 from benchmarks.cases import HEADLINES, select
@@ -177,3 +177,8 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "logit cka [128, 100]" in capsys.readouterr().out
     assert len(list(tmp_path.glob("*/gram.csv"))) == 1
     assert len(list(tmp_path.glob("*/*.png"))) == 3
+
+
+def test_copies_have_the_size_of_the_working_set():
+    for nbytes in (100, 8601600, 12902400, 1 << 20, (1 << 24) + 1):
+        assert nbytes <= ceilings._rounded_up(nbytes) <= nbytes * 9 / 8

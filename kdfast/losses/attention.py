@@ -159,12 +159,12 @@ class AttentionGuidedLoss(Loss):
         return cls(channels, **(PRESETS[name] | changes))
 
     def forward(self, student: Levels, teacher: Levels) -> Tensor:
-        loss = total([loss for loss, _ in self._levels(student, teacher)]).float()
+        loss = total([found[0] for found in self._levels(student, teacher, False)]).float()
         return loss if self.weight == 1 else self.weight * loss
 
     def terms(self, student: Levels, teacher: Levels) -> tuple[Tensor, Tensor, Tensor]:
         """transfer_weight * L_AT + masked_weight * L_AM, and both terms of this sum by themselves, detached."""
-        found = self._levels(student, teacher)
+        found = self._levels(student, teacher, True)
         transfer = total([self.transfer_weight * (d[0] + d[1]) for _, d in found])
         return (
             total([loss for loss, _ in found]),
@@ -172,11 +172,11 @@ class AttentionGuidedLoss(Loss):
             total([self.masked_weight * d[2] for _, d in found]),
         )
 
-    def _levels(self, student: Levels, teacher: Levels) -> list[tuple[Tensor, Sequence[Tensor]]]:
-        """Of every level: loss; distances of spatial and of channel attention, and of the masked maps, detached."""
+    def _levels(self, student: Levels, teacher: Levels, distances: bool) -> list[tuple]:
+        """Of every level the loss, and distances of spatial and channel attention and of the masked maps, detached."""
         pairs, layers = levels(student, teacher), self.adaptation
         if not len(layers):
-            return [self._plain(s, t) for s, t in pairs]
+            return [self._plain(s, t, distances) for s, t in pairs]
         if len(layers) != len(pairs):
             raise ValueError(
                 f"channels: adaptation layers were made for {len(layers)} levels, got {len(pairs)}; give "
@@ -194,15 +194,18 @@ class AttentionGuidedLoss(Loss):
             "signed": self.pooling == "signed",
         }
 
-    def _plain(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    def _plain(self, student: Tensor, teacher: Tensor, distances: bool) -> tuple:
         _check_maps(student, teacher, one_width=True)
         return attention_mask(
-            student, teacher, transfer_weight=self.transfer_weight, pooled=False, **self._settings()
+            student,
+            teacher,
+            transfer_weight=self.transfer_weight,
+            pooled=False,
+            distances=distances,
+            **self._settings(),
         )
 
-    def _adapted(
-        self, student: Tensor, teacher: Tensor, layer: _Adaptation
-    ) -> tuple[Tensor, Sequence[Tensor]]:
+    def _adapted(self, student: Tensor, teacher: Tensor, layer: _Adaptation) -> tuple:
         _check_maps(student, teacher, one_width=False)
         layer.check(student, teacher)
         adapted, settings = layer.feature(student), self._settings()

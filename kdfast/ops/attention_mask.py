@@ -184,19 +184,26 @@ def _op(name: str, triton: bool):
 class _AttentionMask(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, adapted: Tensor | None, settings: Settings, triton: bool
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        adapted: Tensor | None,
+        settings: Settings,
+        distances: bool,
+        triton: bool,
     ):
         found = _op("attention_mask", triton)(student, teacher, adapted, *settings)
         ctx.save_for_backward(student, teacher, adapted, *found[1:])
         ctx.settings, ctx.triton = settings, triton
         ctx.set_materialize_grads(False)
         loss, terms, spatial, channel, _, _ = found
-        distances = terms[0]
-        ctx.mark_non_differentiable(distances)
-        return (loss, distances, spatial[-1], channel[-1]) if settings.pairs else (loss, distances)
+        if not distances:
+            return loss
+        ctx.mark_non_differentiable(terms)
+        return (loss, terms, spatial[-1], channel[-1]) if settings.pairs else (loss, terms)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss, _, grad_spatial=None, grad_channel=None):
+    def backward(ctx: Any, grad_loss, _=None, grad_spatial=None, grad_channel=None):
         student, teacher, adapted, terms, spatial, channel, spatial_mask, channel_mask = ctx.saved_tensors
         s, needed = ctx.settings, ctx.needs_input_grad[:3]
         if _second.wanted():
@@ -206,7 +213,7 @@ class _AttentionMask(torch.autograd.Function):
                 return loss, *pooled
 
             maps, grads = (student, teacher, adapted), (grad_loss, grad_spatial, grad_channel)
-            return *_second.gradients(call, maps, needed, grads), None, None
+            return *_second.gradients(call, maps, needed, grads), None, None, None
         op = _op("attention_mask_backward", ctx.triton)
         x = student if adapted is None else adapted
         transfers = s.transfer_weight and grad_loss is not None
@@ -224,7 +231,7 @@ class _AttentionMask(torch.autograd.Function):
             other = teacher if grad_loss is not None else None
             nothing = (None, None)
             results[2] = op(adapted, other, grad_loss, terms, *nothing, *masks, *nothing, 0, s.signed)
-        return *results, None, None
+        return *results, None, None, None
 
 
 def _pooled_gradients(ctx: Any, side: int, grad_loss, grad_spatial, grad_channel):
@@ -341,10 +348,11 @@ def attention_mask(
     signed: bool = False,
     detach_mask: bool = True,
     pooled: bool = True,
+    distances: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Loss and distances of one level, with ``pooled`` followed by both maps' attention, which is then kept.
+    """Loss of one level, with ``distances`` followed by them, with ``pooled`` too by both maps' attention.
 
-    See :func:`kdfast.reference.attention_mask.attention_mask`.
+    That attention is then kept for the backward. See :func:`kdfast.reference.attention_mask.attention_mask`.
     """
     student, teacher, adapted = _one_dtype(student, teacher, adapted)
     weights = (temperature, transfer_weight, masked_weight)
@@ -352,13 +360,14 @@ def attention_mask(
     if chosen == "reference":
         flags = (softmax_of_sum, channel_mask, signed, detach_mask)
         found = reference.attention_mask(student, teacher, adapted, *weights, *flags)
-        return found if pooled else found[:2]
+        return found[: 1 + distances + 2 * (distances and pooled)]
     through = not detach_mask
-    settings = Settings(
-        *map(float, weights), softmax_of_sum, channel_mask, signed, through, pooled or through
-    )
-    found = _AttentionMask.apply(student, teacher, adapted, settings, chosen == "triton")
-    return found if pooled else found[:2]
+    pairs = (distances and pooled) or through
+    settings = Settings(*map(float, weights), softmax_of_sum, channel_mask, signed, through, pairs)
+    found = _AttentionMask.apply(student, teacher, adapted, settings, distances, chosen == "triton")
+    if not distances:
+        return (found,)
+    return found[0], found[1][0], *found[2 : 2 + 2 * pooled]
 
 
 def _choose(op: str, x: Tensor) -> str:
