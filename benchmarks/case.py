@@ -51,6 +51,8 @@ class Case:
         op: the op of kdfast that computes it, where it is not named as the family.
         baselines: further providers by name.
         memory: bytes of temporaries of the reference in float32.
+        truth: the loss written another way, where the reference needs more memory than there is: it is run in float64
+            for the truth, and in the inputs' type for the error that is allowed.
         conditioning: how much a rounding error of intermediate sums grows on its way to the gradients; a softmax of
             G / T multiplies it by G / T.
     """
@@ -68,6 +70,7 @@ class Case:
     op: str = ""
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     memory: int = 0
+    truth: Callable[..., Tensor] | None = None
     conditioning: float = 1.0
 
     @property
@@ -122,6 +125,16 @@ def _why_not(name: str, op: str) -> str | None:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast::{op}", name.upper()):
             return f"the extension has no {name} kernel for {op}"
     return reason
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Mean of squares in float32 or wider, for ops with results as large as their inputs.
+
+    Its terms have one sign, so that its error is that of the terms; and it costs every provider least: one temporary
+    forward and one pass backward, where ``square().mean()`` makes three passes and as many temporaries.
+    """
+    x = x.float() if x.dtype.itemsize == 2 else x
+    return torch.nn.functional.mse_loss(x, x.new_zeros(()).expand_as(x))
 
 
 def pair(

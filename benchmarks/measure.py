@@ -97,13 +97,14 @@ def _fits(nbytes: int, device: torch.device) -> None:
 
 
 def _truth(case: Case, inputs: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], list[float]]:
-    """Value and gradients in float64, and the error each may have: twice that of eager."""
-    eager = Provider("eager", case.loss, "reference")
-    _fits(2 * case.memory + 4 * sum(map(_nbytes, inputs)), device)
+    """Value and gradients in float64, and the error each may have: twice that of eager, or of the case's own truth."""
+    loss = case.truth or case.loss
+    eager = Provider("eager", loss, "reference")
+    _fits(2 * (0 if case.truth else case.memory) + 4 * sum(map(_nbytes, inputs)), device)
     exact = [_double(x) for x in inputs]
     with eager.context():
-        truth = step(case.loss, exact)
-        errors = _errors(step(case.loss, inputs), truth)
+        truth = step(loss, exact)
+        errors = _errors(step(loss, inputs), truth)
     floor = FLOOR * case.conditioning
     rounding = [FLOOR, *(floor + torch.finfo(x.dtype).eps for x in inputs if x.requires_grad)]
     return truth, [2 * error + floor for error, floor in zip(errors, rounding, strict=True)]

@@ -10,8 +10,10 @@ from benchmarks import ceilings, memory, report
 from benchmarks.__main__ import main
 from benchmarks.case import Baseline, Case, pair
 from benchmarks.cases import HEADLINES, select
+from benchmarks.cases.affinity import _by_sorting
 from benchmarks.ceilings import Ceilings
 from benchmarks.measure import measure
+from kdfast.reference import affinity as reference
 
 CPU = torch.device("cpu")
 loss = kdfast.CKALoss()
@@ -164,6 +166,42 @@ def test_published_forms_agree(name):
     with kdfast.use_backend("reference"):
         expected = case.loss(student, teacher).item()
     assert case.baselines["naive"].fn(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.01, "wrong")])
+def test_truth_of_its_own(factor, status):
+    """Where the reference has no memory to run, another form is the truth, and still refuses a wrong one."""
+    case = Case(
+        family="t",
+        name="t",
+        source="t",
+        loss=lambda x: factor * x.square().sum(),
+        make=lambda device, seed: [torch.randn(50, generator=torch.Generator().manual_seed(seed))],
+        bytes=1,
+        flops=1,
+        baselines={"naive": Baseline(lambda x: x.square().sum())},
+        memory=1 << 60,
+        truth=lambda x: (x * x).sum(),
+        op="gram",
+    )
+    rows = {row["provider"]: row for row in measure(case, CPU, FixedCeilings(CPU), seconds=0.01, rounds=1)}
+    assert rows["eager"]["status"] == rows["compile"]["status"] == "not run"
+    assert rows["naive"]["status"] == "ok"
+    if rows["cpu"]["status"] != "not run":  # no extension
+        assert rows["cpu"]["status"] == status
+
+
+def test_sorted_affinity_agrees():
+    """The truth of concatenation at sizes whose matrix does not fit."""
+    a, b, g = (torch.randn(*s, dtype=torch.float64).requires_grad_() for s in ((2, 9), (2, 13), (2, 13, 3)))
+    found, truth = _by_sorting(a, b, g), reference.affinity(a, b, g)
+    weights = torch.randn_like(truth)
+    for y, z in zip(
+        (found, *torch.autograd.grad(found, (a, b, g), weights)),
+        (truth, *torch.autograd.grad(truth, (a, b, g), weights)),
+        strict=True,
+    ):
+        torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-13)
 
 
 def test_command(tmp_path, capsys, monkeypatch):

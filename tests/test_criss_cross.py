@@ -53,7 +53,7 @@ def test_reference_is_brute_force():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", EPS)
-@pytest.mark.parametrize("shape", [(2, 3, 5, 4, 6), (1, 20, 21, 13, 11)])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4, 6), (1, 20, 21, 13, 11), (1, 17, 22, 18, 19)])
 def test_dtypes(shape, dtype, channels_last):
     check("cpu", inputs(shape, dtype, channels_last=channels_last), floor=EPS[dtype])
 

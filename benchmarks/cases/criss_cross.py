@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdfast.losses.criss_cross import criss_cross_attention
 
-from ..case import Baseline, Case
+from ..case import Baseline, Case, mean_square
 
 
 def published(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -43,8 +43,8 @@ def _case(
             made.append(x.to(dtype).contiguous(memory_format=layout))
         return made
 
-    def squared(attention):  # terms of one sign, so that the error of their mean is that of the terms
-        return lambda query, key, value: attention(query, key, value).float().square().mean()
+    def squared(attention):
+        return lambda query, key, value: mean_square(attention(query, key, value))
 
     return Case(
         family="criss_cross",

@@ -13,7 +13,9 @@
 namespace kd::KD_ISA {
 namespace {
 
-constexpr int kRows = 6, kVectors = 2;  // of a product held in registers: 12 of 16 vectors
+// Of a product held in registers: 12 of 16 vectors, or 8 chains of additions that hide one another's latency.
+template <int V>
+constexpr int kRows = V == 2 ? 6 : 8;
 
 // to[u, n] = from[n, u] for four u and four n.
 template <class A>
@@ -35,53 +37,106 @@ inline void transpose4(const A* from, int64_t ld_from, A* to, int64_t ld_to) {
   for (int u = 0; u < 4; ++u) __builtin_memcpy(to + u * ld_to, block[u], sizeof block[u]);
 }
 
+// The same for kLarge u and n, which reads whole lines of the cache where it can.
+#if defined(__AVX512F__)
+template <class A>
+constexpr int kLarge = sizeof(A) == 4 ? 16 : 4;
+#else
+template <class A>
+constexpr int kLarge = 4;
+#endif
+
+template <class A>
+inline void transpose_large(const A* from, int64_t ld_from, A* to, int64_t ld_to) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    __m512 r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * ld_from);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 4) {
+      for (int half = 0; half < 2; ++half) {
+        const __m512d x = _mm512_castps_pd(t[i + half]), y = _mm512_castps_pd(t[i + half + 2]);
+        r[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+        r[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; ++i) {
+      const __m512 even = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88),
+                   odd = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+      const __m512 even8 = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88),
+                   odd8 = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+      _mm512_storeu_ps(to + i * ld_to, _mm512_shuffle_f32x4(even, even8, 0x88));
+      _mm512_storeu_ps(to + (i + 4) * ld_to, _mm512_shuffle_f32x4(odd, odd8, 0x88));
+      _mm512_storeu_ps(to + (i + 8) * ld_to, _mm512_shuffle_f32x4(even, even8, 0xdd));
+      _mm512_storeu_ps(to + (i + 12) * ld_to, _mm512_shuffle_f32x4(odd, odd8, 0xdd));
+    }
+    return;
+  }
+#endif
+  transpose4(from, ld_from, to, ld_to);
+}
+
+// f(edge, u, n) for squares that cover [units, length], the largest first; single elements have edge 1.
+// Squares of one n follow one another, so that what a line of the cache holds is used together.
+template <class A, class F>
+inline void for_squares(int64_t units, int64_t length, const F& f) {
+  const auto cover = [&]<int E>(int64_t u0, int64_t u1, int64_t n0, int64_t n1) {
+    for (int64_t n = n0; n < n1; n += E) {
+      for (int64_t u = u0; u < u1; u += E) f.template operator()<E>(u, n);
+    }
+  };
+  constexpr int kMost = kLarge<A>;
+  const int64_t large_u = units / kMost * kMost, large_n = length / kMost * kMost;
+  const int64_t four_u = units / 4 * 4, four_n = length / 4 * 4;
+  cover.template operator()<kMost>(0, large_u, 0, large_n);
+  if constexpr (kMost > 4) {
+    cover.template operator()<4>(large_u, four_u, 0, large_n);
+    cover.template operator()<4>(0, four_u, large_n, four_n);
+  }
+  cover.template operator()<1>(four_u, units, 0, four_n);
+  cover.template operator()<1>(0, units, four_n, length);
+}
+
 // Where units (channels, or lines) lie side by side in memory: to[u, n] = from[n, u].
 template <class T, class A>
 inline void gather_units(const T* from, int64_t step, int64_t units, int64_t length, A* to, int64_t ld) {
-  int64_t u = 0;
-  for (; u + 4 <= units; u += 4) {
-    int64_t n = 0;
-    for (; n + 4 <= length; n += 4) {
-      const T* const block = from + n * step + u;
-      if constexpr (__is_same(T, A)) {
-        transpose4(block, step, to + u * ld + n, ld);
-      } else {
-        A wide[16];
-        for (int i = 0; i < 4; ++i) convert(block + i * step, wide + 4 * i, 4);
-        transpose4(wide, 4, to + u * ld + n, ld);
-      }
+  for_squares<A>(units, length, [&]<int E>(int64_t u, int64_t n) {
+    const T* const block = from + n * step + u;
+    A* const out = to + u * ld + n;
+    if constexpr (E == 1) {
+      *out = static_cast<A>(load(block));
+    } else if constexpr (__is_same(T, A)) {
+      E == 4 ? transpose4(block, step, out, ld) : transpose_large(block, step, out, ld);
+    } else {
+      A wide[E * E];
+      for (int i = 0; i < E; ++i) convert(block + i * step, wide + E * i, E);
+      E == 4 ? transpose4(wide, E, out, ld) : transpose_large(wide, E, out, ld);
     }
-    for (; n < length; ++n) {
-      for (int i = 0; i < 4; ++i) to[(u + i) * ld + n] = static_cast<A>(load(from + n * step + u + i));
-    }
-  }
-  for (; u < units; ++u) {
-    for (int64_t n = 0; n < length; ++n) to[u * ld + n] = static_cast<A>(load(from + n * step + u));
-  }
+  });
 }
 
 template <class T, class A>
 inline void scatter_units(const A* from, int64_t ld, int64_t units, int64_t length, T* to, int64_t step) {
-  int64_t u = 0;
-  for (; u + 4 <= units; u += 4) {
-    int64_t n = 0;
-    for (; n + 4 <= length; n += 4) {
-      T* const block = to + n * step + u;
-      if constexpr (__is_same(T, A)) {
-        transpose4(from + u * ld + n, ld, block, step);
-      } else {
-        A wide[16];
-        transpose4(from + u * ld + n, ld, wide, 4);
-        for (int i = 0; i < 4; ++i) convert(wide + 4 * i, block + i * step, 4);
-      }
+  for_squares<A>(units, length, [&]<int E>(int64_t u, int64_t n) {
+    const A* const block = from + u * ld + n;
+    T* const out = to + n * step + u;
+    if constexpr (E == 1) {
+      store(out, *block);
+    } else if constexpr (__is_same(T, A)) {
+      E == 4 ? transpose4(block, ld, out, step) : transpose_large(block, ld, out, step);
+    } else {
+      A wide[E * E];
+      E == 4 ? transpose4(block, ld, wide, E) : transpose_large(block, ld, wide, E);
+      for (int i = 0; i < E; ++i) convert(wide + E * i, out + i * step, E);
     }
-    for (; n < length; ++n) {
-      for (int i = 0; i < 4; ++i) store(to + n * step + u + i, from[(u + i) * ld + n]);
-    }
-  }
-  for (; u < units; ++u) {
-    for (int64_t n = 0; n < length; ++n) store(to + n * step + u, from[u * ld + n]);
-  }
+  });
 }
 
 // Which part of a map a tile holds.
@@ -220,14 +275,14 @@ inline void product_tile(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int
     Vec<A> bk[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) bk[v] = load_vec(b + k * ld_b + v * kLanes<A>);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const A x = kTransposed ? a[k * ld_a + r] : a[r * ld_a + k];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) acc[r][v] += x * bk[v];
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
@@ -237,7 +292,7 @@ inline void product_tile(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int
   }
 }
 
-template <class A, bool kTransposed, int V, int R = kRows>
+template <class A, bool kTransposed, int V, int R = kRows<V>>
 inline void product_rows(int64_t rows, const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t inner,
                          bool add, A* c, int64_t ld_c, const char* const* ahead, int64_t ahead_step) {
   if (rows >= R) {
@@ -256,19 +311,19 @@ void multiply(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t rows, 
   int64_t queued = 0, used = 0;
   const char* const nothing = reinterpret_cast<const char*>(queue);
   const int64_t a_step = kTransposed ? 1 : ld_a;
-  for (int64_t j = 0; j < columns;) {
-    const bool wide = j + kVectors * kLanes<A> <= columns;
-    for (int64_t r = 0; r < rows; r += kRows) {
+  const auto panel = [&]<int V>(int64_t j) {
+    for (int64_t r = 0; r < rows; r += kRows<V>) {
       if (used + inner > queued && inner <= kQueue) queued = ahead.take(queue, kQueue), used = 0;
       const bool some = used + inner <= queued;
       const char* const* const next = some ? queue + used : &nothing;
-      (wide ? product_rows<A, kTransposed, kVectors>
-            : product_rows<A, kTransposed, 1>)(rows - r, a + r * a_step, ld_a, b + j, ld_b, inner, add,
-                                               c + r * ld_c + j, ld_c, next, some);
+      product_rows<A, kTransposed, V>(rows - r, a + r * a_step, ld_a, b + j, ld_b, inner, add,
+                                      c + r * ld_c + j, ld_c, next, some);
       if (some) used += inner;
     }
-    j += (wide ? kVectors : 1) * kLanes<A>;
-  }
+  };
+  int64_t j = 0;
+  for (; j + 2 * kLanes<A> <= columns; j += 2 * kLanes<A>) panel.template operator()<2>(j);
+  if (j < columns) panel.template operator()<1>(j);
 }
 
 // The square matrix [n, n] transposed in place.
