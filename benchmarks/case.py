@@ -43,7 +43,9 @@ class Case:
         family: which table and file of results it belongs to, the name of its module in benchmarks/cases.
         name: unique in the family.
         source: where the size comes from.
-        loss: inputs -> scalar loss, from kdfast's public names; the reference and every backend run it.
+        loss: inputs -> scalar loss, from kdfast's public names; the reference and every backend run it. Of an op that
+            changes maps: inputs -> map, the last input is the gradient that comes back to it, so that no provider's
+            time depends on what a made-up loss after it costs.
         make: (device, seed) -> inputs, without gradients.
         bytes, flops: what the formula needs for forward + backward on an ideal machine: each tensor read or
             written once per pass that cannot be merged, a symmetric product counted by half.
@@ -125,16 +127,6 @@ def _why_not(name: str, op: str) -> str | None:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"kdfast::{op}", name.upper()):
             return f"the extension has no {name} kernel for {op}"
     return reason
-
-
-def mean_square(x: Tensor) -> Tensor:
-    """Mean of squares in float32 or wider, for ops with results as large as their inputs.
-
-    Its terms have one sign, so that its error is that of the terms; and it costs every provider least: one temporary
-    forward and one pass backward, where ``square().mean()`` makes three passes and as many temporaries.
-    """
-    x = x.float() if x.dtype.itemsize == 2 else x
-    return torch.nn.functional.mse_loss(x, x.new_zeros(()).expand_as(x))
 
 
 def pair(

@@ -25,9 +25,13 @@ SHARE_OF_MEMORY = 0.6
 
 
 def step(fn: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """One training step's share of the loss: its value and fresh gradients."""
+    """One training step's share of the loss: its value and fresh gradients.
+
+    Where ``fn`` returns a map, the last of ``inputs`` is the gradient that comes back to it.
+    """
     value = fn(*inputs)
-    return [value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])]
+    upstream = inputs[-1] if value.dim() else None
+    return [value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad], upstream)]
 
 
 def measure(
@@ -106,7 +110,12 @@ def _truth(case: Case, inputs: Sequence[Tensor], device: torch.device) -> tuple[
         truth = step(loss, exact)
         errors = _errors(step(loss, inputs), truth)
     floor = FLOOR * case.conditioning
-    rounding = [FLOOR, *(floor + torch.finfo(x.dtype).eps for x in inputs if x.requires_grad)]
+    results = (
+        [truth[0].to(inputs[0].dtype)] if truth[0].dim() else []
+    )  # a map is rounded to its type, a loss is float32
+    results += [x for x in inputs if x.requires_grad]
+    rounding = [floor + torch.finfo(x.dtype).eps for x in results]
+    rounding = rounding if truth[0].dim() else [FLOOR, *rounding]
     return truth, [2 * error + floor for error, floor in zip(errors, rounding, strict=True)]
 
 

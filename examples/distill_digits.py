@@ -199,7 +199,7 @@ def main() -> None:
     runs, teacher = experiment(args, digits)
     torch.set_num_threads(threads)
     student = student_net().to(args.device)
-    methods = [METHODS[name] for name in args.loss if METHODS[name].build is not None]
+    methods = [METHODS[name] for name in args.loss if METHODS[name].build is not None and METHODS[name].timed]
     timings = time_losses(
         {m.title: m.build(student, teacher, digits.train).to(args.device) for m in methods},
         student,

@@ -16,21 +16,15 @@ from pathlib import Path
 
 import torch
 from _digits import ConvNet, Digits, Split, student_net, teacher_net
+from _methods import LEVELS, POLICY_RATE, fitnet_loss, sokd_loss
 from _report import COLOURS, _markdown, _write_csv, accuracy_rows, plt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from kdfast import FitNetLoss
-from kdfast.sokd import FeatureAugmentation, PolicySearch, SearchSettings, SoKDLoss
+from kdfast.sokd import PolicySearch, SearchSettings, SoKDLoss
 
-# Of the student's step: as in distill_digits.py. The weights are those of 0.1, 0.3, 1, 3, 10 and 30 with the best validation
-# accuracy (mean of the last five epochs and of seeds 100 to 103), for both methods the largest tried. It says little: the
-# six lie within 1.7 points for FitNet and 2.6 for SoKD, and the seeds within 7.
-LEARNING_RATE, WEIGHT_DECAY = 0.1, 5e-4
-LEVELS = 1  # the map of 8 x 8; those of the later stages have few pixels for areas
-WEIGHT = {"FitNet": 30.0, "SoKD": 30.0}
-POLICY_RATE = 0.02  # the published 3e-4 is for as many steps as CIFAR-100 has
+LEARNING_RATE, WEIGHT_DECAY = 0.1, 5e-4  # of the student's step, as in distill_digits.py
 
 
 @dataclass
@@ -107,19 +101,9 @@ def build(
 ) -> tuple[nn.Module | None, PolicySearch | None]:
     if name == "plain student":
         return None, None
-    with torch.no_grad():
-        probe = torch.zeros(1, 1, 8, 8)
-        shapes = [[tuple(v.shape[1:]) for v in maps(net.eval(), probe)] for net in (student, teacher)]
     if name == "FitNet":
-        return FitNetLoss(*shapes, weight=WEIGHT[name]), None
-    loss = SoKDLoss(
-        "fitnet",
-        student_shape=shapes[0],
-        teacher_shape=shapes[1],
-        augmentation=FeatureAugmentation(seed=seed),
-        areas=args.areas,
-        weight=WEIGHT[name],
-    )
+        return fitnet_loss(student, teacher), None
+    loss = sokd_loss(student, teacher, areas=args.areas, seed=seed)
     settings = SearchSettings(epochs=args.search_epochs, lr=POLICY_RATE)
     return loss, PolicySearch(loss.augmentation, settings)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdfast.losses.criss_cross import criss_cross_attention
 
-from ..case import Baseline, Case, mean_square
+from ..case import Baseline, Case
 
 
 def published(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -37,20 +37,20 @@ def _case(
     def make(device: torch.device, seed: int) -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(seed)
         made = []
-        for channels, scale in ((d, d**-0.25), (d, d**-0.25), (e, 1.0)):  # scores of size 1
+        for channels, scale in ((d, d**-0.25), (d, d**-0.25), (e, 1.0), (e, 1.0)):  # scores of size 1
             x = scale * torch.randn(b, channels, h, w, device=device, generator=generator)
             layout = torch.channels_last if channels_last else torch.contiguous_format
             made.append(x.to(dtype).contiguous(memory_format=layout))
         return made
 
-    def squared(attention):
-        return lambda query, key, value: mean_square(attention(query, key, value))
+    def relation(attention):
+        return lambda query, key, value, _: attention(query, key, value)
 
     return Case(
         family="criss_cross",
         name=f"[{', '.join(map(str, shape))}], query {d}",
         source=source,
-        loss=squared(criss_cross_attention),
+        loss=relation(criss_cross_attention),
         make=make,
         # Forward: query, key, value read, out written; backward: those and out's gradient read, three gradients
         # written; each once.
@@ -62,7 +62,7 @@ def _case(
         layout="channels_last" if channels_last else "contiguous",
         baselines={
             "naive": Baseline(
-                squared(published), 0.1 if dtype.itemsize == 2 else 1e-2, 4 * 4 * positions * (h + w)
+                relation(published), 0.1 if dtype.itemsize == 2 else 1e-2, 4 * 4 * positions * (h + w)
             )
         },
         memory=4 * positions * (4 * (h + w) + 4 * e),
