@@ -23,8 +23,8 @@ def wanted(chosen: str, student: Tensor, *others: Tensor | None) -> bool:
         and student.requires_grad
         and student.dtype is not torch.float16
         and torch.is_grad_enabled()
-        and not any(x is not None and x.requires_grad for x in others)
         and not torch.compiler.is_compiling()
+        and all(x is None or not x.requires_grad for x in others)
     )
 
 

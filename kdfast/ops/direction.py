@@ -126,14 +126,17 @@ class _Direction(torch.autograd.Function):
         return grad_student, grad_teacher if need_teacher else None, None, None, None, None, None
 
 
+_with_gradient = torch.ops.kdfast.direction_with_gradient.default
+
+
 class _EarlyDirection(torch.autograd.Function):
     """Only the student needs a gradient, which the forward computes: see :mod:`._early`."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, arguments: tuple) -> Tensor:
-        loss, ctx.gradient = torch.ops.kdfast.direction_with_gradient(student, *arguments)
-        teacher, centers, labels, *ctx.settings = arguments
-        ctx.save_for_backward(student, teacher, centers, labels)
+        loss, ctx.gradient = _with_gradient(student, *arguments)
+        ctx.save_for_backward(student, *arguments[:3])
+        ctx.settings = arguments[3:]
         return loss
 
     @staticmethod
@@ -152,7 +155,7 @@ class _EarlyDirection(torch.autograd.Function):
             )
             return *found, None
         arguments = (student, teacher, centers, labels, *ctx.settings)
-        _, ctx.gradient = torch.ops.kdfast.direction_with_gradient(*arguments)
+        _, ctx.gradient = _with_gradient(*arguments)
         return _early.take(ctx, grad), None
 
 
