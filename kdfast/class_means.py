@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class ClassMeans:
-    """Running sums in float64, so that any batches in any order give the same means (METHODS 2.1).
+    """Running sums in float64, so that any batches in any order give the same means.
 
     Sums of float32 embeddings are exact to float64 rounding, about 1e-16 of their size; the float32 means that
     :meth:`compute` returns do not show it.

@@ -1,4 +1,4 @@
-"""AttentionGuidedLoss, attention_masks and FBKD's attention against METHODS 4.1 to 4.6 written out."""
+"""AttentionGuidedLoss, attention_masks and FBKD's attention against the formulas (Zhang & Ma) written out."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Drop-ins of mmcv, CCNet and mmrazor's FBKD against modules written the published way: same keys, same values.
 
-The modules here are written from METHODS 4.7 and the published state keys, with the n x m matrices they form.
+The modules here are written from the formulas and the published state keys, with the n x m matrices they form.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Op direction: the C++ backend against the float64 reference; hazards of METHODS 2.2."""
+"""Op direction: the C++ backend against the float64 reference; zero centres, zero rows, ties."""
 
 from __future__ import annotations
 

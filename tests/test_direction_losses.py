@@ -1,4 +1,4 @@
-"""Direction and norm losses against the formulas of METHODS 2, written out naively here; torch.compile; bad input."""
+"""Direction and norm losses against the formulas (Wang et al., KD++), written out naively here; torch.compile; bad input."""
 
 from __future__ import annotations
 

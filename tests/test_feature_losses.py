@@ -1,4 +1,4 @@
-"""Feature losses against the formulas of METHODS 5, written out naively here; compat functions; bad input."""
+"""Feature losses against their formulas, written out naively here; compat functions; bad input."""
 
 from __future__ import annotations
 

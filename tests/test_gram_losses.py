@@ -1,4 +1,4 @@
-"""Losses on Grams against their formulas (METHODS 1), written out naively here; torch.compile; bad input."""
+"""Losses on Grams against their formulas, written out naively here; torch.compile; bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses on logits against their formulas (METHODS 5), written out naively here; drop-ins; compile; bad input."""
+"""Losses on logits against their formulas, written out naively here; drop-ins; compile; bad input."""
 
 from __future__ import annotations
 

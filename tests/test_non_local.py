@@ -1,4 +1,4 @@
-"""NonLocalBlock and NonLocalLoss against METHODS 4.7 written out: one image and one query at a time, in float64."""
+"""NonLocalBlock and NonLocalLoss against their formulas (Zhang & Ma, Eq. 5) written out: one image and one query at a time, in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Criss-cross attention (Huang et al., CCNet), one of the non-local types of structured distillation (METHODS 4.7)."""
+"""Criss-cross attention (Huang et al., CCNet), one of the non-local types of structured distillation."""
 
 from __future__ import annotations
 

@@ -226,7 +226,7 @@ class _PatchGram(torch.autograd.Function):
 def row_inter_distance(x: Tensor, y: Tensor, centered: bool) -> Tensor:
     """Distances [G] of the features of two views [G, R1, R2, F1, F2, F3] by ``cka_row``, without a D x D Gram.
 
-    The dual of METHODS 1.3: products of N x N entries weighted by the norms of the features. In plain PyTorch on every
+    The dual of D x D Grams: products of N x N entries weighted by the norms of the features. In plain PyTorch on every
     backend (the op's feature side has no ``cka_row``); autograd keeps a few copies of the views.
     """
     x, y = (v.flatten(3).flatten(1, 2).mT[:, :, None, None, None] for v in (x, y))  # [G, D, 1, 1, 1, N]

@@ -1,4 +1,4 @@
-"""Criss-cross attention in plain PyTorch (METHODS 4.7; Huang et al., CCNet): the truth, the fallback and the baseline.
+"""Criss-cross attention in plain PyTorch (Huang et al., CCNet): the truth, the fallback and the baseline.
 
 For a position p = (h, w), its row and its column, N(p), hold H + W - 1 cells, its own once:
 

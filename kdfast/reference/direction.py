@@ -1,4 +1,4 @@
-"""Direction and norm of embeddings in plain PyTorch (METHODS 2.2): the truth, the fallback and the baseline.
+"""Direction and norm of embeddings in plain PyTorch (Wang et al., KD++, Eq. 5 to 7): the truth, the fallback and the baseline.
 
 For row i with centre c (the class mean of its label, or its own centre), e = c / |c|:
 

@@ -4,11 +4,11 @@ A view is a 6-D tensor [G, R1, R2, F1, F2, F3]: groups, up to two row axes, up t
 as G matrices of N = R1*R2 rows and D = F1*F2*F3 features. With K and L the N x N Grams of student and teacher, a
 comparison is
 
-    cka         1 - <K, L> / (|K| |L|)                                       (METHODS 1.1)
-    cka_row     the same with K_ij / sqrt(K_ii), rows only                    (METHODS 1.2)
+    cka         1 - <K, L> / (|K| |L|)                                       (Kornblith et al. 2019)
+    cka_row     the same with K_ij / sqrt(K_ii), rows only                    (PCKA's published code)
     unbiased    the same with U-centred Grams: 1 - debiased CKA               (Nguyen et al. 2021, Song et al. 2012)
-    row_cosine  sum_i |K_i/|K_i| - L_i/|L_i||^2 / N^2                         (similarity preserving, METHODS 5)
-    mean        (mean K/|K| - mean L/|L|)^2 N^2 / 2                           (the MMD bound, METHODS 1.5)
+    row_cosine  sum_i |K_i/|K_i| - L_i/|L_i||^2 / N^2                         (similarity preserving)
+    mean        (mean K/|K| - mean L/|L|)^2 N^2 / 2                           (the MMD bound of RCKA)
     difference  |K - L|^2 / N^2                                               (pairwise affinity)
 
 ``inter`` adds a second term: the same comparison of the transposed matrices (rows are features). Whatever is a squared

@@ -1,4 +1,4 @@
-"""Losses on logits in plain PyTorch: the truth, the fallback and the benchmarks' baseline (METHODS 5).
+"""Losses on logits in plain PyTorch: the truth, the fallback and the benchmarks' baseline.
 
 With p, q the softmaxes of student and teacher at temperature T, p̂, q̂ those over the classes but the label y, and
 p¹, q¹ those at T = 1, the loss is the mean over the rows that count of

@@ -1,4 +1,4 @@
-"""Grams of the patches of maps in plain PyTorch: resize, cut, compare (METHODS 1.6).
+"""Grams of the patches of maps in plain PyTorch: resize, cut, compare (Zhou et al., PCKA, Eq. 8).
 
 A map [B, C, H, W] is resized to ``rows * patch_h`` by ``columns * patch_w`` pixels and cut into N = rows * columns
 patches. Patch matrices [groups, N, D] have one row per patch; what is averaged over names the groups:

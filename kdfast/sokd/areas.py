@@ -154,7 +154,7 @@ class DistinctiveAreas(Loss):
     pixels inside an area, 0 when no area is left (L_DA is then 0, with gradient 0).
 
     Source: Shen et al., Student-Oriented Teacher Knowledge Refinement for Knowledge Distillation, ACM MM 2024, Sec. 3.3.
-    The paper leaves widths, number of areas and reductions open: those of METHODS 3.2.
+    The paper leaves widths, number of areas and reductions open: those of published code (mdistiller's DFKD) where it is sound.
     """
 
     def __init__(
