@@ -1,4 +1,4 @@
-"""NonLocalBlock and NonLocalLoss against their formulas (Zhang & Ma, Eq. 5) written out: one image and one query at a time, in float64."""
+"""NonLocalBlock and NonLocalLoss against their formulas (Zhang & Ma, Eq. 5) written out in float64, a query at a time."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from test_non_local import naive_loss, trained
 import kdfast
 from kdfast import StructuredKDLoss
 
-# alpha, beta, gamma, T and the channel mask of paper and published code; all code compares signed means, the paper means of |A|.
+# alpha, beta, gamma, T and the channel mask, of paper and code; all code compares signed means, the paper means of |A|.
 TABLE = {
     "two_stage": (4e-3, 7e-5, 7e-5, 0.5, False),
     "one_stage": (2.4e-2, 4.2e-4, 4.2e-4, 0.1, True),

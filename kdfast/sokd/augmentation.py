@@ -87,7 +87,8 @@ class FeatureAugmentation(nn.Module):
     reads nothing.
 
     Source: Shen et al., Student-Oriented Teacher Knowledge Refinement for Knowledge Distillation, ACM MM 2024, Sec. 3.2.
-    The paper names neither operations nor ranges: those of published code (mdistiller's DFKD). Translations are true fractions of the map.
+    The paper names neither operations nor ranges: those of published code (mdistiller's DFKD). Translations are true
+    fractions of the map.
     """
 
     def __init__(
