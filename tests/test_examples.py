@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,5 +111,5 @@ def test_attention_masks_are_drawn(tmp_path):
     assert drawn.startswith(b"\x89PNG") and len(drawn) > 50_000
     for temperature in ("0.1", "0.5", "1.0"):  # range of the weights, whose mean is 1
         line = next(line for line in done.stdout.splitlines() if f"T = {temperature}:" in line)
-        low, high = map(float, line.split(":")[1].split("to"))
+        low, high = map(float, re.search(r"weights ([0-9.]+) to ([0-9.]+)", line).groups())
         assert low < 1 < high
