@@ -26,7 +26,7 @@ def workspace_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int
     n, dx, dy = _rows(x), _features(x), _features(y)
     if feature_side:
         return dx * dx + dy * dy + dx * dy
-    return (3 if inter else 2) * (n + inter) ** 2
+    return (3 if inter else 2) * (n + int(inter)) ** 2
 
 
 def saved_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
@@ -34,7 +34,7 @@ def saved_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
     n, dx, dy = _rows(x), _features(x), _features(y)
     if feature_side:
         return dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy
-    n += inter
+    n += int(inter)  # torch 2.11 fails where a bool is added to a symbolic size
     return n * (n + 1) + (n * n if inter else 0)
 
 
