@@ -9,11 +9,11 @@
 #include <cmath>
 #include <vector>
 
+#include "common/direction_ops.h"
 #include "common/dtype.h"
 #include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "cpu/direction_ops.h"
 
 namespace kd {
 
@@ -118,9 +118,9 @@ RowResult compare(const DirectionSums& sums) {
   const double longest = student >= teacher ? student : teacher;
   r.distance = 1;
   if (longest == 0) return r;
-  const double dot = sums.dot / center, cosine = dot / longest;
+  const double scale = 1 / (center * longest), cosine = sums.dot * scale;
   r.distance = 1 - cosine;
-  r.center_factor = -1 / (center * longest);
+  r.center_factor = -scale;
   (student >= teacher ? r.student_factor : r.teacher_factor) = cosine / (longest * longest);
   return r;
 }
@@ -190,8 +190,9 @@ DirectionRows rows_of(Tensor* x) {
 
 bool is_streamed(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()) >= kStreamed; }
 
-// `factor` times the loss, and its gradient for the student: row by row, while the row is in the cache. What
-// the rows weigh is known before, since it takes of every centre only whether it is 0.
+// `factor` times the loss, and its gradient for the student. Where the inputs do not stay in the caches, row
+// by row, while the row does: what the rows weigh is then known before, since it takes of every centre only
+// whether it is 0. Else all rows are compared first.
 template <class A>
 double with_gradient(const DirectionKernels<A>& kernels, const Tensor& student, const OptionalTensor& teacher,
                      const Tensor& centers, const OptionalTensor& labels, int64_t ignore_index, bool balanced,
@@ -207,12 +208,22 @@ double with_gradient(const DirectionKernels<A>& kernels, const Tensor& student, 
     };
     return length(square(std::min(kProbe, columns))) == 0 && length(square(columns)) == 0;
   };
+  const auto result = [&](int64_t i) {
+    return compare(kernels.sums(s.get(), teacher ? t.get() : no_teacher, c.get(), i, center_of[i], columns));
+  };
   enum : char { kUnknown, kZero, kUsed };
-  std::vector<char> centre(classes, kUnknown);
+  const bool stays = rows * columns <= kTaskElements;  // then there is one thread, too
+  std::vector<RowResult> results(stays ? rows : 0);
+  std::vector<char> centre(stays ? 0 : classes, kUnknown);
   std::vector<double> distance(rows), weight(rows);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t k = center_of[i];
     if (k < 0) continue;
+    if (stays) {
+      results[i] = result(i);
+      weight[i] = results[i].counts;
+      continue;
+    }
     if (centre[k] == kUnknown) centre[k] = is_zero(k) ? kZero : kUsed;
     weight[i] = centre[k] == kUsed;
   }
@@ -220,10 +231,7 @@ double with_gradient(const DirectionKernels<A>& kernels, const Tensor& student, 
   const DirectionRows to = rows_of(&gradient);
   const bool streams = is_streamed(gradient);
   const auto row = [&](int64_t i) {
-    RowResult r;
-    if (weight[i] > 0) {
-      r = compare(kernels.sums(s.get(), teacher ? t.get() : no_teacher, c.get(), i, center_of[i], columns));
-    }
+    const RowResult r = stays ? results[i] : weight[i] > 0 ? result(i) : RowResult();
     distance[i] = r.distance;
     const double scale = factor * weight[i] / total;
     kernels.mix(scale * r.center_factor, c.get(), center_of[i], scale * r.student_factor, s.get(), to, i,

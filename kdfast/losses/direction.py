@@ -52,10 +52,11 @@ def direction_norm_loss(
         ValueError, TypeError: shapes, types or devices that do not fit.
         RuntimeError, IndexError: on the CPU, a label outside [0, K) that is not ``ignore_index``.
     """
-    check_pair(student, teacher)
-    if student.shape != teacher.shape or student.dim() != 2:
+    check_float("student", student)
+    check_float("teacher", teacher)
+    if student.shape != teacher.shape or student.dim() != 2 or student.device != teacher.device:
         raise ValueError(
-            f"student and teacher need one shape [B, D] (project the student with EmbeddingProjector), "
+            f"student and teacher need one shape [B, D] (project the student with EmbeddingProjector) on one device, "
             f"got student {describe(student)}, teacher {describe(teacher)}"
         )
     centers, labels = _centers(student, class_means, labels)
