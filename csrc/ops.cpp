@@ -5,20 +5,18 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "common/direction_ops.h"
+#include "common/logits_ops.h"
 #include "cpu/affinity_ops.h"
 #include "cpu/attention_mask_ops.h"
 #include "cpu/criss_cross_ops.h"
-#include "cpu/direction_ops.h"
 #include "cpu/feature_augment_ops.h"
 #include "cpu/gram_ops.h"
-#include "cpu/logits_ops.h"
 #include "cpu/masked_error_ops.h"
 #include "cpu/patch_gram.h"
 #ifdef KD_WITH_CUDA
 #include "cuda/attention_mask_ops.h"
-#include "cuda/direction_ops.h"
 #include "cuda/gram_ops.h"
-#include "cuda/logits_ops.h"
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {

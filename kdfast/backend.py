@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import _extension
 
@@ -81,6 +82,11 @@ class use_backend(ContextDecorator):
     def __exit__(self, *exc: object) -> None:
         global _requested
         _requested = self._previous.pop()
+
+
+def is_cpu(x: Tensor) -> bool:
+    """Whether a call that ``cpu`` supports, on tensors that are where ``x`` is, runs there: :func:`choose` in short."""
+    return x.is_cpu and _requested in ("auto", "cpu") and why_not("cpu") is None
 
 
 def choose(

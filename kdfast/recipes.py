@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .class_means import ClassMeans
-from .losses.direction import DirectionNormLoss
+from .losses.direction import DirectionNormLoss, direction_norm_loss
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,10 @@ class PlusPlusLoss(nn.Module):
         ce = F.cross_entropy(student_logits.float(), labels)
         kd = (1.0 if self.recipe.kd is None else self.recipe.kd) * warm * self.base(*base_inputs)
         nd = self.recipe.nd * (warm if self.recipe.warm_nd else 1.0)
-        return self.ce_weight * ce + kd + nd * self.direction(student_embedding, teacher_embedding, labels)
+        dino = direction_norm_loss(
+            student_embedding, teacher_embedding, self.direction.class_means, labels, weight=nd
+        )
+        return self.ce_weight * ce + kd + dino
 
 
 def plus_plus(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +33,46 @@ def called(call: Callable[[], object]) -> list[str]:
     with _Called() as names:
         call()
     return names
+
+
+def check_what_is_kept(
+    call: Callable[[Tensor], Tensor], student: Tensor, wanted: Tensor, close: dict
+) -> None:
+    """A graph keeps its inputs as PyTorch's own do: seen by hooks, guarded against changes, freed with it."""
+    packed: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        packed.append(x)
+        return x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = call(student)
+    assert any(x is student or x.data_ptr() == student.data_ptr() for x in packed)
+    for _ in range(2):  # the second computes from what the hooks give back
+        found = torch.autograd.grad(loss, student, retain_graph=True)[0]
+        torch.testing.assert_close(found, wanted, **close)
+
+    own = student.detach().clone().requires_grad_()
+    loss = call(own)
+    first = torch.autograd.grad(loss, own, retain_graph=True)[0]
+    torch.testing.assert_close(first, wanted, **close)
+    with torch.no_grad():
+        own.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, own)
+
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        own = student.detach().clone().requires_grad_()
+        loss = call(own)
+        left = [weakref.ref(x) for x in (own, loss, loss.grad_fn)]
+        loss.backward()
+        del own, loss
+        assert not any(ref() is not None for ref in left), "kept alive by a cycle"
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check_early(monkeypatch, op: str, call: Callable[[Tensor], Tensor], student: Tensor) -> None:
@@ -66,6 +109,7 @@ def check_early(monkeypatch, op: str, call: Callable[[Tensor], Tensor], student:
             assert called(lambda: call(student)) == [op]
         half = student.detach().half().requires_grad_()
         assert called(lambda: torch.autograd.grad(call(half), half)) == two
+        check_what_is_kept(call, student, wanted[1.0], close)
         # Gradients of the gradient go through the reference, whatever the forward has left.
         if student.dtype == torch.float64:
             assert torch.autograd.gradgradcheck(call, student)

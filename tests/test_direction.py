@@ -231,6 +231,8 @@ def test_early_gradient_matches_reference(shape, mean, balanced):
 def test_gradient_larger_than_the_caches():
     for columns in (1024, 1031):  # rows that start where vectors do, and not
         student, teacher, centers, labels = inputs(4100, columns, 11)
+        if columns == 1031:
+            centers[3] = 0  # found when the gradient is written already: its rows are taken out again
         loss, gradient = torch.ops.kdfast.direction_with_gradient(
             student, teacher, centers, labels, -100, False, 1.0
         )

@@ -190,6 +190,37 @@ def test_module_holds_the_means():
     )
 
 
+def test_classifier_weights_as_means(on_backend):
+    """Table 5; a detector's background, the last class, has a row as every class does."""
+    student, teacher, _, labels = batch(rows=9)
+    labels[::2] = 80
+    fc = torch.nn.Linear(7, 81)
+    rows = fc.weight.detach().double()
+
+    def formula(s):
+        return torch.stack(
+            [row_loss(s[i], teacher[i].double(), rows[labels[i]]) for i in range(len(s))]
+        ).mean()
+
+    agrees(lambda s: DirectionNormLoss(fc.weight)(s, teacher, labels), formula, student)
+    loss = DirectionNormLoss(fc.weight)(student.requires_grad_(), teacher, labels)
+    loss.backward()
+    assert fc.weight.grad is None and student.grad.any()
+
+
+def test_layers(on_backend):
+    """Layer x: pooled maps of the layer before the last, with its own class means and projector."""
+    maps, wide, means = torch.randn(6, 5, 4, 4), torch.randn(6, 7, 3, 3), torch.randn(4, 7)
+    labels, projector = torch.randint(0, 4, (6,)), EmbeddingProjector(5, 7, dropout=0.0)
+    loss = DirectionNormLoss(means)
+    got = loss(projector(maps.mean((2, 3))), wide.mean((2, 3)), labels)
+    s, t = projector(maps.mean((2, 3))).double(), wide.double().mean((2, 3))
+    want = torch.stack([row_loss(s[i], t[i], means[labels[i]].double()) for i in range(6)]).mean()
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
+    gradients = [torch.autograd.grad(v, projector[2].weight)[0] for v in (got, want)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_projector():
     projector = EmbeddingProjector(6, 11)
     assert projector(torch.randn(8, 6)).shape == (8, 11) and not projector[2].bias.any()

@@ -157,15 +157,12 @@ def test_gradcheck_and_second_backward(backend, setting) -> None:
             assert torch.autograd.gradcheck(others, (t,))
 
 
-EARLY = [setting for setting in SETTINGS if setting[0] != "dist"]
-
-
 def early_call(t: torch.Tensor, y: torch.Tensor, setting: tuple):
     kind, alpha, beta, temperature = setting
     return lambda s: logits(s, t.to(s.dtype), y, kind=kind, alpha=alpha, beta=beta, temperature=temperature)
 
 
-@pytest.mark.parametrize("setting", EARLY, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_early_gradient(monkeypatch, setting) -> None:
     s, t, y = make((4, 5), "ignored")
     check_early(monkeypatch, "logits", early_call(t.double(), y, setting), s.double())
@@ -179,7 +176,7 @@ def test_early_gradient(monkeypatch, setting) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "mean", "saturated", "converged", "rising", "ignored"])
-@pytest.mark.parametrize("setting", EARLY, ids=str)
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s[0] != "dist"], ids=str)
 def test_early_gradient_matches_reference(setting, kind) -> None:
     kind_, alpha, beta, temperature = setting
     for shape in SHAPES[2:]:
@@ -193,6 +190,19 @@ def test_early_gradient_matches_reference(setting, kind) -> None:
         torch.testing.assert_close(loss.double(), want.detach(), rtol=4e-6, atol=2e-6)
         size = float(want_gradient.abs().max()) + (alpha + beta) / (s.numel() // s.shape[-1])
         torch.testing.assert_close(gradient.double(), want_gradient, rtol=1e-5, atol=4e-6 * size)
+
+
+@pytest.mark.parametrize("kind", ["plain", "saturated", "rising", "ignored"])
+def test_early_gradient_of_dist_is_that_of_two_calls(kind) -> None:
+    """They share their arithmetic; :func:`test_matches_reference` holds the two calls to float64."""
+    for shape in SHAPES:
+        s, t, y = make(shape, kind)
+        flags = (KINDS.index("dist"), 1.3, 0.7, 4.0, IGNORED)
+        early = torch.ops.kdfast.logits_with_gradient(s, t, y, *flags)
+        two, saved = torch.ops.kdfast.logits(s, t, y, *flags)
+        one = torch.ones_like(two)
+        backward = torch.ops.kdfast.logits_backward(one, s, t, y, saved, *flags, True, False)
+        assert torch.equal(early[0], two) and torch.equal(early[1], backward[0])
 
 
 @pytest.mark.parametrize("classes", [50_000, 50_257, 49_999])
@@ -270,11 +280,9 @@ def test_opcheck(kind, with_labels) -> None:
     s, t, y = make((2, 3, 7), "ignored")
     labels, flags = y if with_labels else None, (kind, 1.0, 2.0, 3.0, IGNORED)
     torch.library.opcheck(torch.ops.kdfast.logits.default, (s, t, labels, *flags))
-    if KINDS[kind] != "dist":
-        torch.library.opcheck(
-            torch.ops.kdfast.logits_with_gradient.default,
-            (s.transpose(0, 1), t.transpose(0, 1), labels, *flags),
-        )
+    torch.library.opcheck(
+        torch.ops.kdfast.logits_with_gradient.default, (s.transpose(0, 1), t.transpose(0, 1), labels, *flags)
+    )
     loss, saved = torch.ops.kdfast.logits(s, t, labels, *flags)
     arguments = (
         torch.ones_like(loss),
@@ -297,5 +305,3 @@ def test_wrong_calls_are_refused() -> None:
         logits(s, t, torch.tensor([0, 5, 1]), kind="dkd")
     with pytest.raises(RuntimeError, match="must be float32"):
         logits(s.int(), t)
-    with pytest.raises(RuntimeError, match="not for DIST"):
-        torch.ops.kdfast.logits_with_gradient(s, t, None, KINDS.index("dist"), 1.0, 1.0, 1.0, IGNORED)

@@ -9,11 +9,11 @@
 #include <cmath>
 #include <vector>
 
+#include "common/direction_ops.h"
 #include "common/dtype.h"
 #include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "cpu/direction_ops.h"
 
 namespace kd {
 
@@ -26,7 +26,6 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kNormFloor = 1e-12;      // NORM_FLOOR of the reference
-constexpr int64_t kProbe = 16;            // columns that show that a centre is not 0, most often
 constexpr int64_t kStreamed = 16 << 20;   // bytes of a gradient from which it is not left in the caches
 constexpr int64_t kTaskElements = 32768;  // of one input, for a thread to be worth its start
 
@@ -118,9 +117,9 @@ RowResult compare(const DirectionSums& sums) {
   const double longest = student >= teacher ? student : teacher;
   r.distance = 1;
   if (longest == 0) return r;
-  const double dot = sums.dot / center, cosine = dot / longest;
+  const double scale = 1 / (center * longest), cosine = sums.dot * scale;
   r.distance = 1 - cosine;
-  r.center_factor = -1 / (center * longest);
+  r.center_factor = -scale;
   (student >= teacher ? r.student_factor : r.teacher_factor) = cosine / (longest * longest);
   return r;
 }
@@ -191,46 +190,37 @@ DirectionRows rows_of(Tensor* x) {
 bool is_streamed(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()) >= kStreamed; }
 
 // `factor` times the loss, and its gradient for the student: row by row, while the row is in the cache. What
-// the rows weigh is known before, since it takes of every centre only whether it is 0.
+// the rows weigh follows from the labels, unless a centre is 0: then all is done again without its rows.
 template <class A>
 double with_gradient(const DirectionKernels<A>& kernels, const Tensor& student, const OptionalTensor& teacher,
                      const Tensor& centers, const OptionalTensor& labels, int64_t ignore_index, bool balanced,
                      double factor, Tensor& gradient) {
   const int64_t rows = student.size(0), columns = student.size(1), classes = centers.size(0);
   const Rows s(student, "student"), c(centers, "centers"), t(teacher ? *teacher : student, "teacher");
-  const DirectionRows no_teacher = {nullptr, Dtype::f32, 0};
+  const DirectionRows no_teacher = {nullptr, Dtype::f32, 0}, to = rows_of(&gradient);
   const Centers center_of(labels, rows, classes, ignore_index);
   KD_CHECK(!balanced || center_of.by_label() || rows == 0, "direction: balanced needs labels");
-  const auto is_zero = [&](int64_t k) {
-    const auto square = [&](int64_t count) {
-      return kernels.sums(c.get(), no_teacher, c.get(), k, k, count).center;
-    };
-    return length(square(std::min(kProbe, columns))) == 0 && length(square(columns)) == 0;
-  };
-  enum : char { kUnknown, kZero, kUsed };
-  std::vector<char> centre(classes, kUnknown);
-  std::vector<double> distance(rows), weight(rows);
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t k = center_of[i];
-    if (k < 0) continue;
-    if (centre[k] == kUnknown) centre[k] = is_zero(k) ? kZero : kUsed;
-    weight[i] = centre[k] == kUsed;
-  }
-  const double total = balance(weight, center_of, classes, balanced);
-  const DirectionRows to = rows_of(&gradient);
   const bool streams = is_streamed(gradient);
-  const auto row = [&](int64_t i) {
-    RowResult r;
-    if (weight[i] > 0) {
-      r = compare(kernels.sums(s.get(), teacher ? t.get() : no_teacher, c.get(), i, center_of[i], columns));
-    }
-    distance[i] = r.distance;
-    const double scale = factor * weight[i] / total;
-    kernels.mix(scale * r.center_factor, c.get(), center_of[i], scale * r.student_factor, s.get(), to, i,
-                columns, streams);
-  };
-  for_rows(rows, columns, row, kernels.end_streams);
-  return factor * weighted_mean(distance, weight, total);
+  std::vector<char> counts(rows), counted(rows);
+  for (int64_t i = 0; i < rows; ++i) counts[i] = center_of[i] >= 0;
+  std::vector<double> distance(rows), weight(rows);
+  while (true) {
+    weight.assign(counts.begin(), counts.end());
+    const double total = balance(weight, center_of, classes, balanced);
+    const auto row = [&](int64_t i) {
+      RowResult r;
+      if (counts[i]) {
+        r = compare(kernels.sums(s.get(), teacher ? t.get() : no_teacher, c.get(), i, center_of[i], columns));
+      }
+      counted[i] = r.counts, distance[i] = r.distance;
+      const double scale = factor * weight[i] / total;
+      kernels.mix(scale * r.center_factor, c.get(), center_of[i], scale * r.student_factor, s.get(), to, i,
+                  columns, streams);
+    };
+    for_rows(rows, columns, row, kernels.end_streams);
+    if (counted == counts) return factor * weighted_mean(distance, weight, total);
+    counts = counted;
+  }
 }
 
 template <class A>

@@ -12,8 +12,8 @@
 #include "common/dtype.h"
 #include "common/gradient.h"
 #include "common/isa.h"
+#include "common/logits_ops.h"
 #include "common/parallel.h"
-#include "cpu/logits_ops.h"
 
 namespace kd {
 
@@ -231,18 +231,6 @@ LogitsGradient<A> gradient_of(const Problem<A>& p, double grad, const Tensor& to
 }
 
 template <class A>
-double with_gradient(const Problem<A>& p, const Tensor& to) {
-  std::vector<double> values(p.call.rows, 0.0);
-  const LogitsGradient<A> g = gradient_of(p, 1, to, false);
-  parallel_for(0, p.call.rows, p.grain, [&](int64_t begin, int64_t end) {
-    kernels<A>().with_gradient(p.call, g, begin, end, values.data());
-  });
-  double total = 0;
-  for (const double value : values) total += value;
-  return total * p.share();
-}
-
-template <class A>
 void backward(const Problem<A>& p, double grad, const Tensor& to, bool teacher) {
   const LogitsGradient<A> g = gradient_of(p, grad, to, teacher);
   if (p.call.kind != LogitsKind::dist) {
@@ -256,6 +244,25 @@ void backward(const Problem<A>& p, double grad, const Tensor& to, bool teacher) 
     Scratch<A> scratch(2 * p.width());
     kernels<A>().dist_backward(p.call, g, begin, end, columns.data(), scratch.get());
   });
+}
+
+template <class A>
+double with_gradient(Problem<A>& p, const Tensor& to) {
+  if (p.call.kind == LogitsKind::dist) {  // the gradient waits for sums over all rows
+    std::vector<A> saved(p.call.rows * p.call.saved_width + 5 * p.call.classes, A(0));
+    p.call.saved = saved.data();
+    const double value = forward(p);
+    backward(p, 1, to, false);
+    return value;
+  }
+  std::vector<double> values(p.call.rows, 0.0);
+  const LogitsGradient<A> g = gradient_of(p, 1, to, false);
+  parallel_for(0, p.call.rows, p.grain, [&](int64_t begin, int64_t end) {
+    kernels<A>().with_gradient(p.call, g, begin, end, values.data());
+  });
+  double total = 0;
+  for (const double value : values) total += value;
+  return total * p.share();
 }
 
 bool is_wide(const Tensor& student, const Tensor& teacher) {
@@ -294,13 +301,12 @@ std::tuple<Tensor, Tensor> logits_with_gradient_cpu(const Tensor& student, const
                                                     double alpha, double beta, double temperature,
                                                     int64_t ignore_index) {
   KD_CHECK(student.dim() > 0, "logits: student has no axis of classes");
-  KD_CHECK(kind != static_cast<int64_t>(LogitsKind::dist), "logits_with_gradient: not for DIST");
   const bool wide = is_wide(student, teacher);
   Tensor loss = torch::stable::new_empty(student, {}, wide ? ScalarType::Double : ScalarType::Float);
   Tensor gradient = new_gradient(student);
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    const Problem<A> p(student, teacher, labels, nullptr, kind, alpha, beta, temperature, ignore_index);
+    Problem<A> p(student, teacher, labels, nullptr, kind, alpha, beta, temperature, ignore_index);
     scalar<A>(loss) = static_cast<A>(with_gradient(p, gradient));
   };
   wide ? run(double{}) : run(float{});

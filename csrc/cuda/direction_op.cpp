@@ -1,8 +1,8 @@
 // torch's side of the CUDA direction op: checks, rows, outputs, workspace, stream.
 
 #include "common/cuda_stream.h"
+#include "common/direction_ops.h"
 #include "cuda/direction.h"
-#include "cuda/direction_ops.h"
 #include "cuda/rows_op.h"
 
 namespace kd {

@@ -1,8 +1,8 @@
 // torch's side of the CUDA logits op: checks, rows, outputs, workspace, stream.
 
 #include "common/cuda_stream.h"
+#include "common/logits_ops.h"
 #include "cuda/logits.h"
-#include "cuda/logits_ops.h"
 #include "cuda/rows_op.h"
 
 namespace kd {

@@ -28,9 +28,8 @@ class DirectNormLoss(nn.Module):
     def forward(
         self, s_emb: Tensor, t_emb: Tensor, T_EMB: Tensor | Mapping[str, Sequence[float]], labels: Tensor
     ) -> Tensor:
-        return self.nd_loss_factor * direction_norm_loss(
-            s_emb, t_emb, self._class_means(T_EMB, s_emb.device), labels
-        )
+        means = self._class_means(T_EMB, s_emb.device)
+        return direction_norm_loss(s_emb, t_emb, means, labels, weight=self.nd_loss_factor)
 
     def _class_means(self, means: Tensor | Mapping[str, Sequence[float]], device: torch.device) -> Tensor:
         if isinstance(means, Tensor):

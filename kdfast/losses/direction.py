@@ -52,10 +52,11 @@ def direction_norm_loss(
         ValueError, TypeError: shapes, types or devices that do not fit.
         RuntimeError, IndexError: on the CPU, a label outside [0, K) that is not ``ignore_index``.
     """
-    check_pair(student, teacher)
-    if student.shape != teacher.shape or student.dim() != 2:
+    check_float("student", student)
+    check_float("teacher", teacher)
+    if student.shape != teacher.shape or student.dim() != 2 or student.device != teacher.device:
         raise ValueError(
-            f"student and teacher need one shape [B, D] (project the student with EmbeddingProjector), "
+            f"student and teacher need one shape [B, D] (project the student with EmbeddingProjector) on one device, "
             f"got student {describe(student)}, teacher {describe(teacher)}"
         )
     centers, labels = _centers(student, class_means, labels)
@@ -80,15 +81,19 @@ def _centers(
     """Centres and int64 labels of the op; per-sample centres have no labels."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: need a tensor, got {describe(labels)}")
-    if labels.is_floating_point():
+    if labels.dtype is torch.int64:
+        pass
+    elif labels.is_floating_point():
         if labels.shape != student.shape or labels.device != student.device:
             raise ValueError(
                 f"labels: centres per sample need the student's shape and device, {describe(student)}, "
                 f"got {describe(labels)}; class labels are integers"
             )
         return labels, None
-    if labels.dtype == torch.bool or labels.dtype.is_complex:
+    elif labels.dtype == torch.bool or labels.dtype.is_complex:
         raise TypeError(f"labels: need integers [B] or floats [B, D], got {describe(labels)}")
+    else:
+        labels = labels.long()
     if isinstance(class_means, ClassMeans):
         class_means = class_means.compute().to(student.device)
     check_float("class_means", class_means)
@@ -103,7 +108,7 @@ def _centers(
             f"student, class_means and labels must be on one device, got student {describe(student)}, "
             f"class_means {describe(class_means)}, labels {describe(labels)}"
         )
-    return class_means, labels if labels.dtype == torch.int64 else labels.long()
+    return class_means, labels
 
 
 class _ClassMeansLoss(Loss):

@@ -6,31 +6,66 @@ second backward (``retain_graph=True``) finds none and computes it again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+
+from .. import backend
+from . import _second
 
 
-def wanted(chosen: str, student: Tensor, *others: Tensor | None) -> bool:
+def wanted(student: Tensor, *others: Tensor | None) -> bool:
     """Whether the forward is to compute the gradient too: on ``cpu``, where the student alone needs one.
 
     Not in float16, where it could underflow before a loss scale multiplies it; not in a traced graph, which owns what
-    it saves.
+    it saves. At small sizes a step is as long as its Python: this comes before :func:`kdfast.backend.choose`.
     """
-    return (
-        chosen == "cpu"
-        and student.requires_grad
-        and student.dtype is not torch.float16
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and all(x is None or not x.requires_grad for x in others)
-    )
+    if not (student.requires_grad and backend.is_cpu(student) and torch.is_grad_enabled()):
+        return False
+    for x in others:
+        if x is not None and x.requires_grad:
+            return False
+    return student.dtype is not torch.float16 and not is_compiling()
 
 
-def take(ctx: Any, grad: Tensor) -> Tensor | None:
-    """The gradient that the forward left, times the incoming one (a CPU scalar: reading it waits for nothing)."""
-    gradient, ctx.gradient = ctx.gradient, None
-    if gradient is None or grad.item() == 1:
-        return gradient
-    return gradient.mul_(grad)
+def loss(
+    op: Callable,
+    reference: Callable,
+    student: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    settings: tuple = (),
+) -> Tensor:
+    """``reference(student, *tensors, *settings)``, differentiable in student, where :func:`wanted`.
+
+    Args:
+        op: of the same arguments; returns the loss and its gradient.
+    """
+    return _Early.apply(student, tensors, (op, reference, settings))
+
+
+class _Early(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, tensors: tuple[Tensor | None, ...], call: tuple) -> Tensor:
+        op, _, settings = ctx.call = call
+        value, ctx.gradient = op(student, *tensors, *settings)
+        ctx.save_for_backward(student, *tensors)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        gradient, second = ctx.gradient, _second.wanted()
+        if gradient is None or second:
+            op, reference, settings = ctx.call
+            student, *tensors = ctx.saved_tensors
+            if second:
+                found = _second.gradients(
+                    lambda s: reference(s, *tensors, *settings), (student,), (True,), (grad,)
+                )
+                return *found, None, None
+            _, gradient = op(student, *tensors, *settings)
+        ctx.gradient = None
+        # Reading a scalar of the CPU waits for nothing.
+        return gradient if grad.item() == 1 else gradient.mul_(grad), None, None

@@ -53,12 +53,14 @@ def _fake_with_gradient(student, teacher, centers, labels, ignore_index, balance
     return loss, torch.empty_like(student)
 
 
-def _reference_with_gradient(student, teacher, centers, labels, ignore_index, balanced, weight):
-    def call(student):
-        return weight * reference.direction(student, teacher, centers, labels, ignore_index, balanced)
+def _weighted(student, teacher, centers, labels, ignore_index, balanced, weight):
+    return weight * reference.direction(student, teacher, centers, labels, ignore_index, balanced)
 
-    loss = call(student)
-    return loss, *reference_gradients(call, (student,), (True,), (torch.ones_like(loss),))
+
+def _reference_with_gradient(student, *arguments):
+    loss = _weighted(student, *arguments)
+    one = torch.ones_like(loss)
+    return loss, *reference_gradients(lambda s: _weighted(s, *arguments), (student,), (True,), (one,))
 
 
 define(
@@ -129,36 +131,6 @@ class _Direction(torch.autograd.Function):
 _with_gradient = torch.ops.kdfast.direction_with_gradient.default
 
 
-class _EarlyDirection(torch.autograd.Function):
-    """Only the student needs a gradient, which the forward computes: see :mod:`._early`."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, arguments: tuple) -> Tensor:
-        loss, ctx.gradient = _with_gradient(student, *arguments)
-        ctx.save_for_backward(student, *arguments[:3])
-        ctx.settings = arguments[3:]
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor):
-        second = _second.wanted()
-        if ctx.gradient is not None and not second:
-            return _early.take(ctx, grad), None
-        student, teacher, centers, labels = ctx.saved_tensors
-        if second:
-            *flags, weight = ctx.settings
-            found = _second.gradients(
-                lambda s: weight * reference.direction(s, teacher, centers, labels, *flags),
-                (student,),
-                (True,),
-                (grad,),
-            )
-            return *found, None
-        arguments = (student, teacher, centers, labels, *ctx.settings)
-        _, ctx.gradient = _with_gradient(*arguments)
-        return _early.take(ctx, grad), None
-
-
 def direction(
     student: Tensor,
     teacher: Tensor | None,
@@ -174,14 +146,15 @@ def direction(
     Differentiable in student, teacher and centers; centres that need a gradient are the reference's job.
     A label outside [0, K) raises on the CPU; in the GPU kernels, which read no memory for it, it makes the loss NaN.
     """
+    if _early.wanted(student, teacher, centers):
+        settings = (ignore_index, balanced, weight)
+        return _early.loss(_with_gradient, _weighted, student, (teacher, centers, labels), settings)
     chosen = backend.choose(
         "direction",
         student.device.type,
         rows_cuda.order(student),
         partial(_unsupported, student, teacher, centers),
     )
-    if _early.wanted(chosen, student, teacher):
-        return _EarlyDirection.apply(student, (teacher, centers, labels, ignore_index, balanced, weight))
     if chosen == "reference":
         loss = reference.direction(student, teacher, centers, labels, ignore_index, balanced)
     else:

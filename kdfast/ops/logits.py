@@ -106,6 +106,9 @@ def _unsupported(student: Tensor, teacher: Tensor, name: str) -> str | None:
     return rows_cuda.unsupported(student, teacher) if name == "cuda" else None
 
 
+_with_gradient = torch.ops.kdfast.logits_with_gradient.default
+
+
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -115,13 +118,8 @@ class _Logits(torch.autograd.Function):
         labels: Tensor | None,
         settings: tuple,
         triton: bool,
-        early: bool,
     ) -> Tensor:
-        ctx.settings, ctx.triton, ctx.early, ctx.gradient = settings, triton, early, None
-        if early:
-            loss, ctx.gradient = torch.ops.kdfast.logits_with_gradient(student, teacher, labels, *settings)
-            ctx.save_for_backward(student, teacher, labels)
-            return loss
+        ctx.settings, ctx.triton = settings, triton
         op = torch.ops.kdfast.logits_triton if triton else torch.ops.kdfast.logits
         loss, saved = op(student, teacher, labels, *settings)
         ctx.save_for_backward(student, teacher, labels, saved)
@@ -129,30 +127,23 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
-        second = _second.wanted()
-        if ctx.gradient is not None and not second:
-            return _early.take(ctx, grad), None, None, None, None, None
-        student, teacher, labels, *saved = ctx.saved_tensors
+        student, teacher, labels, saved = ctx.saved_tensors
         need_student, need_teacher = ctx.needs_input_grad[:2]
-        if second:
+        if _second.wanted():
             found = _second.gradients(
                 lambda s, t: reference.logits(s, t, labels, *ctx.settings),
                 (student, teacher),
                 (need_student, need_teacher),
                 (grad,),
             )
-            return *found, None, None, None, None
-        if ctx.early:  # not the first backward
-            _, ctx.gradient = torch.ops.kdfast.logits_with_gradient(student, teacher, labels, *ctx.settings)
-            return _early.take(ctx, grad), None, None, None, None, None
+            return *found, None, None, None
         op = torch.ops.kdfast.logits_backward_triton if ctx.triton else torch.ops.kdfast.logits_backward
         grad_student, grad_teacher = op(
-            grad, student, teacher, labels, *saved, *ctx.settings, need_student, need_teacher
+            grad, student, teacher, labels, saved, *ctx.settings, need_student, need_teacher
         )
         return (
             grad_student if need_student else None,
             grad_teacher if need_teacher else None,
-            None,
             None,
             None,
             None,
@@ -172,10 +163,11 @@ def logits(
 ) -> Tensor:
     """Loss of logits [..., K] of any strides, differentiable in both; see :func:`kdfast.reference.logits.logits`."""
     settings = (KINDS.index(kind), float(alpha), float(beta), float(temperature), ignore_index)
+    if _early.wanted(student, teacher):
+        return _early.loss(_with_gradient, reference.logits, student, (teacher, labels), settings)
     chosen = backend.choose(
         "logits", student.device.type, rows_cuda.order(student), partial(_unsupported, student, teacher)
     )
     if chosen == "reference":
         return reference.logits(student, teacher, labels, *settings)
-    early = kind != "dist" and _early.wanted(chosen, student, teacher)
-    return _Logits.apply(student, teacher, labels, settings, chosen == "triton", early)
+    return _Logits.apply(student, teacher, labels, settings, chosen == "triton")

@@ -74,14 +74,13 @@ define(
 )
 
 
+_with_gradient = torch.ops.kdfast.masked_error_with_gradient.default
+
+
 class _MaskedError(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor, early: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(x, y, mask)
-        ctx.gradient = None
-        if early:
-            value, ctx.gradient = torch.ops.kdfast.masked_error_with_gradient(x, y, mask)
-            return value
         return torch.ops.kdfast.masked_error(x, y, mask)
 
     @staticmethod
@@ -93,15 +92,13 @@ class _MaskedError(torch.autograd.Function):
             def call(x, y):
                 return reference.masked_error(x, y, mask)
 
-            return *_second.gradients(call, (x, y), needed, (grad,)), None, None
-        if ctx.gradient is not None:
-            return _early.take(ctx, grad), None, None, None
+            return *_second.gradients(call, (x, y), needed, (grad,)), None
         backward = torch.ops.kdfast.masked_error_backward
         results = [
             backward(a, b, mask, grad) if need else None
             for a, b, need in ((x, y, needed[0]), (y, x, needed[1]))
         ]
-        return *results, None, None
+        return *results, None
 
 
 def masked_error(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
@@ -113,10 +110,11 @@ def masked_error(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         widest = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(widest), y.to(widest)
     mask = mask.detach().to(accumulator(x)).contiguous()
-    chosen = backend.choose("masked_error", x.device.type, ())
-    if chosen == "reference":
+    if _early.wanted(x, y):
+        return _early.loss(_with_gradient, reference.masked_error, x, (y, mask))
+    if backend.choose("masked_error", x.device.type, ()) == "reference":
         return reference.masked_error(x, y, mask)
-    return _MaskedError.apply(x, y, mask, _early.wanted(chosen, x, y))
+    return _MaskedError.apply(x, y, mask)
 
 
 def area_mask(boxes: Tensor, height: int, width: int, multiplicity: str) -> Tensor:

@@ -5,25 +5,28 @@
 #include <optional>
 #include <tuple>
 
-// Ops of kdfast/ops/direction.py on the CPU; arguments and results as in the schemas there.
+// Ops of kdfast/ops/direction.py; arguments and results as in the schemas there.
 
 namespace kd {
 
-std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> direction_cpu(
+using DirectionForward = std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>(
     const torch::stable::Tensor& student, const std::optional<torch::stable::Tensor>& teacher,
     const torch::stable::Tensor& centers, const std::optional<torch::stable::Tensor>& labels,
     int64_t ignore_index, bool balanced);
 
-std::tuple<torch::stable::Tensor, torch::stable::Tensor> direction_with_gradient_cpu(
-    const torch::stable::Tensor& student, const std::optional<torch::stable::Tensor>& teacher,
-    const torch::stable::Tensor& centers, const std::optional<torch::stable::Tensor>& labels,
-    int64_t ignore_index, bool balanced, double weight);
-
-std::tuple<torch::stable::Tensor, torch::stable::Tensor> direction_backward_cpu(
+using DirectionBackward = std::tuple<torch::stable::Tensor, torch::stable::Tensor>(
     const torch::stable::Tensor& grad, const torch::stable::Tensor& student,
     const std::optional<torch::stable::Tensor>& teacher, const torch::stable::Tensor& centers,
     const std::optional<torch::stable::Tensor>& labels, const torch::stable::Tensor& factors,
     const torch::stable::Tensor& total, int64_t ignore_index, bool balanced, bool need_student,
     bool need_teacher);
+
+DirectionForward direction_cpu, direction_cuda;
+DirectionBackward direction_backward_cpu, direction_backward_cuda;
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> direction_with_gradient_cpu(
+    const torch::stable::Tensor& student, const std::optional<torch::stable::Tensor>& teacher,
+    const torch::stable::Tensor& centers, const std::optional<torch::stable::Tensor>& labels,
+    int64_t ignore_index, bool balanced, double weight);
 
 }  // namespace kd
