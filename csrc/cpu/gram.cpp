@@ -49,6 +49,7 @@ bool is_wide(const Tensor& x, const Tensor& y) {
 
 std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, const Tensor& y, int64_t compare, bool centered,
                                             bool cosine, bool inter, bool feature_side, bool save) {
+  const Workspaces::Call call;
   const GramFlags flags = gram_flags(x, y, compare, centered, cosine, inter, feature_side);
   KD_CHECK(!(save && cosine),
            "gram: save must be False with cosine, whose backward also needs the row norms");
@@ -71,6 +72,7 @@ std::tuple<Tensor, Tensor> gram_backward_cpu(const Tensor& grad_products, const 
                                              const Tensor& x, const Tensor& y, const Tensor& saved,
                                              int64_t compare, bool centered, bool cosine, bool inter,
                                              bool feature_side, bool need_x, bool need_y) {
+  const Workspaces::Call call;
   const GramFlags flags = gram_flags(x, y, compare, centered, cosine, inter, feature_side);
   Tensor grad_x = new_gradient(x, need_x), grad_y = new_gradient(y, need_y);
   Tensor *to_x = need_x ? &grad_x : nullptr, *to_y = need_y ? &grad_y : nullptr;

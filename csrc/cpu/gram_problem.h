@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -17,6 +16,7 @@
 #include "common/parallel.h"
 #include "cpu/gram.h"
 #include "cpu/gram_tiles.h"
+#include "cpu/workspace.h"
 
 namespace kd {
 
@@ -39,24 +39,6 @@ constexpr int64_t kPartialBytes = 1 << 19;  // of partial matrices, or 1/32 of t
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
-
-// Uninitialised, 64-byte aligned.
-template <class A>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<A*>(
-            std::aligned_alloc(64, round_up(count * static_cast<int64_t>(sizeof(A)) + 1, 64)))) {
-    KD_CHECK(data_ != nullptr, "gram: out of memory for a workspace of ", count, " elements");
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  A* get() const { return data_; }
-
- private:
-  A* data_;
-};
 
 // What tiles need to know of whole rows: their means (beyond a reference value) and norms. Gathered over one
 // or several blocks of features.

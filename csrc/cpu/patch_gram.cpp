@@ -16,7 +16,6 @@
 #include "common/gradient.h"
 #include "common/parallel.h"
 #include "cpu/gram_blocks.h"
-#include "cpu/gram_ops.h"
 #include "cpu/gram_run.h"
 #include "cpu/patched_map.h"
 
@@ -97,13 +96,10 @@ class Window {
     blocks_.side(s).read(part(k, s), tiles_[s].data());
     return v;
   }
-  void store(int64_t k) {
+  void store(int64_t k) const {
     for (int s : {0, 1}) {
-      if (to_[s]) store(k, s, gradients_[s].data());
+      if (to_[s]) blocks_.side(s).write(*to_[s], part(k, s), gradients_[s].data());
     }
-  }
-  void store(int64_t k, int s, const A* gradient) const {
-    blocks_.side(s).write(*to_[s], part(k, s), gradient);
   }
 
  private:
@@ -186,6 +182,11 @@ class Blocks {
     return GramProblem<A>(
         std::move(sides), groups(),
         gram_flags(flags_.compare, flags_.centered, flags_.cosine, flags_.inter, flags_.feature_side));
+  }
+  // Of the views of a window; checks that they go together.
+  GramFlags gram_flags_of(Window<A>& w) const {
+    return gram_flags(w.view(0, 0), w.view(0, 1), flags_.compare, flags_.centered, flags_.cosine,
+                      flags_.inter, flags_.feature_side);
   }
   const PatchedMap<A>& side(int s) const { return s ? y_ : x_; }
   // Equal shares of the features, of whole groups of channels where they are many.
@@ -271,17 +272,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
   KD_CHECK(!save || saved_groups == groups, "patch_gram: these Grams are saved of all groups or of none");
   blocks.run([&](Window<A>& w) {
     const int64_t first = w.first(), count = w.groups();
-    A* keep = save ? data_of<A>(saved) + first * saved.size(1) : nullptr;
-    Tensor p, d;
+    Tensor p = new_empty<A>(x, {terms, 3, count}), d = new_empty<A>(x, {terms, count});
+    const GramFlags f = blocks.gram_flags_of(w);
     if (w.blocks() == 1) {
-      Tensor s;
-      std::tie(p, d, s) = gram_cpu(w.load(0, 0), w.load(0, 1), flags.compare, flags.centered, flags.cosine,
-                                   flags.inter, flags.feature_side, save);
-      if (save) std::copy(data_of<A>(s), data_of<A>(s) + s.numel(), keep);
+      const Tensor kept = save ? torch::stable::narrow(saved, 0, first, count) : saved;
+      run_forward(GramProblem<A>(w.load(0, 0), w.load(0, 1), f), p, d, kept);
     } else {
-      p = new_empty<A>(x, {terms, 3, count}), d = new_empty<A>(x, {terms, count});
-      const GramFlags f = gram_flags(w.view(0, 0), w.view(0, 1), flags.compare, flags.centered, flags.cosine,
-                                     flags.inter, false);
+      A* keep = save ? data_of<A>(saved) + first * saved.size(1) : nullptr;
       GramBlocks<A, Window<A>>(f, w).forward(data_of<A>(p), data_of<A>(d), keep, saved.size(1));
     }
     copy_columns(data_of<A>(products), 3 * terms, groups, first, count, data_of<A>(p), true);
@@ -308,18 +305,16 @@ void backward(const Tensor& grad_products, const Tensor& grad_distance, const Te
     copy_columns(data_of<A>(gd), terms, groups, first, count, data_of<A>(d), false);
     Tensor kept = saved;
     if (saved.numel()) kept = torch::stable::narrow(kept, 0, first, count);
+    const GramFlags f = blocks.gram_flags_of(w);
     if (w.blocks() > 1) {
-      const GramFlags f = gram_flags(w.view(0, 0), w.view(0, 1), flags.compare, flags.centered, flags.cosine,
-                                     flags.inter, false);
       GramBlocks<A, Window<A>>(f, w).backward(p, d, kept, grad_x != nullptr, grad_y != nullptr);
       return;
     }
-    const auto gradients = gram_backward_cpu(p, d, all || grad_x ? w.load(0, 0) : w.view(0, 0),
-                                             all || grad_y ? w.load(0, 1) : w.view(0, 1), kept, flags.compare,
-                                             flags.centered, flags.cosine, flags.inter, flags.feature_side,
-                                             grad_x != nullptr, grad_y != nullptr);
-    if (grad_x) w.store(0, 0, data_of<A>(std::get<0>(gradients)));
-    if (grad_y) w.store(0, 1, data_of<A>(std::get<1>(gradients)));
+    const Tensor vx = all || grad_x ? w.load(0, 0) : w.view(0, 0);
+    const Tensor vy = all || grad_y ? w.load(0, 1) : w.view(0, 1);
+    const Tensor gx = grad_x ? w.gradient(0, 0) : vx, gy = grad_y ? w.gradient(0, 1) : vy;
+    run_backward(GramProblem<A>(vx, vy, f, grad_x ? &gx : nullptr, grad_y ? &gy : nullptr), p, d, kept);
+    w.store(0);
   };
   blocks.run(one, grad_x, grad_y);
 }
@@ -362,6 +357,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_gram_cpu(const Tensor& x, const Tensor&
                                                   bool bilinear, int64_t average, int64_t compare,
                                                   bool centered, bool cosine, bool inter, bool feature_side,
                                                   bool transposed, int64_t saved_groups) {
+  const Workspaces::Call call;
   const Grid grid = grid_of(x, y, patch_h, patch_w, rows, columns, bilinear, average);
   const Flags flags{compare, centered, cosine, inter, feature_side, transposed};
   return is_wide(x, y) ? forward<double>(x, y, grid, flags, saved_groups)
@@ -375,6 +371,7 @@ std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, 
                                                    int64_t compare, bool centered, bool cosine, bool inter,
                                                    bool feature_side, bool transposed, bool need_x,
                                                    bool need_y) {
+  const Workspaces::Call call;
   const Grid grid = grid_of(x, y, patch_h, patch_w, rows, columns, bilinear, average);
   const Flags flags{compare, centered, cosine, inter, feature_side, transposed};
   const bool wide = is_wide(x, y), spatial = grid.average == Average::spatial;
