@@ -35,6 +35,12 @@ GramFlags gram_flags(int64_t compare, bool centered, bool cosine, bool inter, bo
   return {c, centered, cosine, inter, feature_side};
 }
 
+int64_t saved_elements(int64_t n, int64_t dx, int64_t dy, bool inter, bool feature_side) {
+  if (feature_side) return dx * (dx + 1) / 2 + dy * (dy + 1) / 2 + dx * dy + 2 * (dx + dy);
+  const int64_t rows = n + inter;
+  return rows * (rows + 1) + inter * (rows * rows + 4 * n);
+}
+
 namespace {
 
 Tensor empty(const Tensor& like, std::vector<int64_t> size, bool wide) {
@@ -54,10 +60,9 @@ std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, const Tensor& y, in
   KD_CHECK(!(save && cosine),
            "gram: save must be False with cosine, whose backward also needs the row norms");
   const bool wide = is_wide(x, y);
-  const int64_t groups = x.size(0), terms = inter ? 2 : 1, n = x.size(1) * x.size(2) + inter;
+  const int64_t groups = x.size(0), terms = inter ? 2 : 1;
   const int64_t dx = x.size(3) * x.size(4) * x.size(5), dy = y.size(3) * y.size(4) * y.size(5);
-  const int64_t per_group =
-      feature_side ? dx * (dx + 1) / 2 + dy * (dy + 1) / 2 + dx * dy : n * (n + 1) + inter * n * n;
+  const int64_t per_group = saved_elements(x.size(1) * x.size(2), dx, dy, inter, feature_side);
   Tensor products = empty(x, {terms, 3, groups}, wide), distance = empty(x, {terms, groups}, wide);
   Tensor saved = save ? empty(x, {groups, per_group}, wide) : empty(x, {0}, wide);
   if (wide) {

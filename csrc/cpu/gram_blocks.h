@@ -31,7 +31,7 @@ class GramBlocks {
   void forward(A* products, A* distance, A* saved, int64_t per_group) {
     add();
     each_group([&](const GramProblem<A>& p, int64_t g, A* matrices) {
-      if (saved) for_saved_rows(p, matrices, saved + g * per_group, false);
+      if (saved) for_saved_rows(p, g, matrices, saved + g * per_group, false);
       forward_group(p, g, matrices, products, distance);
     });
   }

@@ -159,10 +159,9 @@ class Blocks {
   // Elements of the Grams of a group as the gram op saves them.
   int64_t saved_size() const {
     const Part all{0, 1, 0, x_.units()}, all_y{0, 1, 0, y_.units()};
-    int64_t n = grid_.patches() + flags_.inter, dx = x_.features(all), dy = y_.features(all_y);
-    if (flags_.transposed) n = dx + flags_.inter, dx = dy = grid_.patches();
-    return flags_.feature_side ? dx * (dx + 1) / 2 + dy * (dy + 1) / 2 + dx * dy
-                               : n * (n + 1) + flags_.inter * n * n;
+    int64_t n = grid_.patches(), dx = x_.features(all), dy = y_.features(all_y);
+    if (flags_.transposed) n = dx, dx = dy = grid_.patches();
+    return saved_elements(n, dx, dy, flags_.inter, flags_.feature_side);
   }
   const Sizes& sizes() const { return sizes_; }
   // Whether all groups are one problem, without windows.
