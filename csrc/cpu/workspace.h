@@ -36,7 +36,7 @@ class Workspaces {
     static void change(int by) {
       Workspaces& all = Workspaces::all();
       const std::lock_guard<std::mutex> lock(all.mutex_);
-      if ((all.calls_ += by) == 0) all.drop();
+      if ((all.calls_ += by) == 0) all.drop(), all.takes_ = all.changes_ = 0;
     }
   };
 
@@ -63,8 +63,14 @@ class Workspaces {
     }
     Block found{nullptr, 0};
     if (best != idle_.end()) found = *best, idle_.erase(best);
+    ++takes_;
     if (bytes <= found.bytes && found.bytes <= 2 * bytes) return found;
+    if (64 * changes_ > kFreeChanges + takes_) {  // uses alternate: keep all their sizes
+      if (found.data) idle_.push_back(found);
+      return resized({nullptr, 0}, bytes);
+    }
     // Uses have changed: what idles now is of sizes that are asked for no more.
+    ++changes_;
     drop();
     return resized(found, bytes);
   }
@@ -77,7 +83,7 @@ class Workspaces {
   }
 
  private:
-  static constexpr int64_t kLeastMapped = 1 << 16, kPage = 1 << 12;
+  static constexpr int64_t kLeastMapped = 1 << 16, kPage = 1 << 12, kFreeChanges = 64 * 16;
 
 #ifdef __linux__
   static constexpr bool kMaps = true;
@@ -101,6 +107,7 @@ class Workspaces {
   std::mutex mutex_;
   std::vector<Block> idle_;
   int calls_ = 0;
+  int64_t takes_ = 0, changes_ = 0;  // since the first of the calls that run
 };
 
 // Uninitialised, 64-byte aligned.
