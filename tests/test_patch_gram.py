@@ -157,6 +157,46 @@ def test_blocks_of_features(average: int, options: dict) -> None:
         assert_as_accurate(got.detach(), truth.detach(), same.detach(), floor, name)
 
 
+# Many groups of several tiles: row means come with the Grams, beyond those of the first tile. Each image has a brightness
+# of its own, and patches of the last ones another still, so that the first tile tells little of the rest.
+@needs_extension
+@pytest.mark.parametrize("resized", [False, True])
+@pytest.mark.parametrize("groups", [9, 4, 0], ids=["saved", "some saved", "none saved"])
+@pytest.mark.parametrize("spread", [0.0, 30.0])
+def test_row_means_of_many_tiles(spread: float, groups: int, resized: bool) -> None:
+    height, width = (45, 30) if resized else (48, 32)
+    x, y = (v.detach() for v in maps((6, 9, height, width), (6, 9, height, width), mean=spread))
+    brightness = torch.linspace(0, spread, 6)[:, None, None, None]
+    tilt = torch.linspace(0, 1, height)[:, None] * brightness
+    x, y = x - 2 * brightness + tilt, y + brightness - tilt
+    arguments = (16, 16, 3, 2, True, 0, 0, True, False, True, False, False)
+    results = []
+    for backend, dtype in (
+        ("cpu", torch.float32),
+        ("reference", torch.float64),
+        ("reference", torch.float32),
+    ):
+        inputs = [v.to(dtype).requires_grad_() for v in (x, y)]
+        if backend == "cpu":
+            products, distance, saved = torch.ops.kdfast.patch_gram(x, y, *arguments, groups)
+            assert saved.shape[0] == groups
+        else:
+            with kdfast.use_backend("reference"):
+                products, distance = patch_gram(*inputs, Grid(*arguments[:6]), inter=True)
+        weights = torch.linspace(0.5, 1.5, distance.numel(), dtype=dtype).view_as(distance)
+        if backend == "cpu":
+            zeros = torch.zeros_like(products)
+            gradients = torch.ops.kdfast.patch_gram_backward(
+                zeros, weights, x, y, saved, *arguments, True, True
+            )
+        else:
+            gradients = torch.autograd.grad((distance * weights).sum(), inputs)
+        results.append([products, distance, *gradients])
+    for name, got, truth, same in zip(("products", "distance", "grad_x", "grad_y"), *results, strict=True):
+        floor = 3e-6 * max(float(truth.abs().max()), 0.3 if name == "distance" else 0.0)
+        assert_as_accurate(got.detach(), truth.detach(), same.detach(), floor, name)
+
+
 @needs_extension
 @pytest.mark.parametrize("inter", [False, True])
 @pytest.mark.parametrize(("average", "groups"), [(0, 48), (0, 17), (0, 0), (1, 2), (1, 0), (2, 64), (2, 0)])
@@ -203,14 +243,18 @@ def test_same_bits_with_any_number_of_threads(average: int) -> None:
 # 256 channels at stride 16 of an 800 x 1344 image, resized; and whole patches. Extra memory beyond the gradient.
 @needs_extension
 @pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize(("size", "share"), [((50, 84), 1.0), ((96, 160), 0.2)], ids=["resized", "whole"])
-def test_memory(size: tuple[int, int], share: float, average: str) -> None:
+@pytest.mark.parametrize(
+    ("batch", "size", "share"),
+    [(4, (50, 84), 1.0), (4, (96, 160), 0.2), (2, (96, 160), 0.2)],
+    ids=["resized", "whole", "two images"],
+)
+def test_memory(batch: int, size: tuple[int, int], share: float, average: str) -> None:
     """Below one resized copy; without a resize below 10 % of both maps (one copy is half of them)."""
-    student, teacher = maps((4, 256, *size), (4, 256, *size))
+    student, teacher = maps((batch, 256, *size), (batch, 256, *size))
     loss = kdfast.PCKALoss(average=average)
     teacher = teacher.detach()
     found = peak(lambda: torch.autograd.grad(loss(student, teacher), student), student.device)
     if found is None:
         pytest.skip("the machine does not say how much memory a process takes")
-    copy = 4 * 256 * 4 * (-(-size[0] // 16) * 16) * (-(-size[1] // 16) * 16)
+    copy = batch * 256 * 4 * (-(-size[0] // 16) * 16) * (-(-size[1] // 16) * 16)
     assert found - student.numel() * 4 <= share * copy

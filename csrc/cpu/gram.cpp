@@ -35,6 +35,12 @@ GramFlags gram_flags(int64_t compare, bool centered, bool cosine, bool inter, bo
   return {c, centered, cosine, inter, feature_side};
 }
 
+int64_t saved_elements(int64_t n, int64_t dx, int64_t dy, bool inter, bool feature_side) {
+  if (feature_side) return dx * (dx + 1) / 2 + dy * (dy + 1) / 2 + dx * dy + 2 * (dx + dy);
+  const int64_t rows = n + inter;
+  return rows * (rows + 1) + inter * (rows * rows + 4 * n);
+}
+
 namespace {
 
 Tensor empty(const Tensor& like, std::vector<int64_t> size, bool wide) {
@@ -49,14 +55,14 @@ bool is_wide(const Tensor& x, const Tensor& y) {
 
 std::tuple<Tensor, Tensor, Tensor> gram_cpu(const Tensor& x, const Tensor& y, int64_t compare, bool centered,
                                             bool cosine, bool inter, bool feature_side, bool save) {
+  const Workspaces::Call call;
   const GramFlags flags = gram_flags(x, y, compare, centered, cosine, inter, feature_side);
   KD_CHECK(!(save && cosine),
            "gram: save must be False with cosine, whose backward also needs the row norms");
   const bool wide = is_wide(x, y);
-  const int64_t groups = x.size(0), terms = inter ? 2 : 1, n = x.size(1) * x.size(2) + inter;
+  const int64_t groups = x.size(0), terms = inter ? 2 : 1;
   const int64_t dx = x.size(3) * x.size(4) * x.size(5), dy = y.size(3) * y.size(4) * y.size(5);
-  const int64_t per_group =
-      feature_side ? dx * (dx + 1) / 2 + dy * (dy + 1) / 2 + dx * dy : n * (n + 1) + inter * n * n;
+  const int64_t per_group = saved_elements(x.size(1) * x.size(2), dx, dy, inter, feature_side);
   Tensor products = empty(x, {terms, 3, groups}, wide), distance = empty(x, {terms, groups}, wide);
   Tensor saved = save ? empty(x, {groups, per_group}, wide) : empty(x, {0}, wide);
   if (wide) {
@@ -71,6 +77,7 @@ std::tuple<Tensor, Tensor> gram_backward_cpu(const Tensor& grad_products, const 
                                              const Tensor& x, const Tensor& y, const Tensor& saved,
                                              int64_t compare, bool centered, bool cosine, bool inter,
                                              bool feature_side, bool need_x, bool need_y) {
+  const Workspaces::Call call;
   const GramFlags flags = gram_flags(x, y, compare, centered, cosine, inter, feature_side);
   Tensor grad_x = new_gradient(x, need_x), grad_y = new_gradient(y, need_y);
   Tensor *to_x = need_x ? &grad_x : nullptr, *to_y = need_y ? &grad_y : nullptr;

@@ -62,6 +62,8 @@ struct GramKernels {
   // rows of out.
   void (*products)(const A* a, int64_t a_rows, int64_t ld_a, const A* b, int64_t b_rows, int64_t ld_b,
                    int64_t width, bool symmetric, int64_t part, int64_t parts, A* out, int64_t ld_out);
+  // m -= a b^T.
+  void (*subtract_outer)(A* m, int64_t rows, int64_t columns, int64_t ld, const A* a, const A* b);
   // Repacks scale * m [rows, columns] for mix.
   void (*pack_mix)(const A* m, int64_t row_stride, int64_t column_stride, double scale, int64_t rows,
                    int64_t columns, A* packed);

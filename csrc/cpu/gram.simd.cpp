@@ -243,6 +243,13 @@ void products(const A* a, int64_t a_rows, int64_t ld_a, const A* b, int64_t b_ro
 }
 
 template <class A>
+void subtract_outer(A* m, int64_t rows, int64_t columns, int64_t ld, const A* a, const A* b) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) m[i * ld + j] -= a[i] * b[j];
+  }
+}
+
+template <class A>
 void pack_mix(const A* m, int64_t row_stride, int64_t column_stride, double scale, int64_t rows,
               int64_t columns, A* packed) {
   const A by = static_cast<A>(scale);
@@ -329,6 +336,7 @@ constexpr GramKernels<A> table() {
           .transform = transform_tile<A>,
           .row_sums = row_sums<A>,
           .products = products<A>,
+          .subtract_outer = subtract_outer<A>,
           .pack_mix = pack_mix<A>,
           .mix = mix<A>,
           .project_columns = project_columns<A>,

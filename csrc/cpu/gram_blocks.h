@@ -31,7 +31,7 @@ class GramBlocks {
   void forward(A* products, A* distance, A* saved, int64_t per_group) {
     add();
     each_group([&](const GramProblem<A>& p, int64_t g, A* matrices) {
-      if (saved) for_saved_rows(p, matrices, saved + g * per_group, false);
+      if (saved) for_saved_rows(p, g, matrices, saved + g * per_group, false);
       forward_group(p, g, matrices, products, distance);
     });
   }
@@ -57,10 +57,10 @@ class GramBlocks {
         for_saved_matrices(p, saved, mix);
       } else {
         parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t g = begin; g < end; ++g) mix(g, matrices_.data() + g * p.matrix_elements());
+          for (int64_t g = begin; g < end; ++g) mix(g, matrices_->get() + g * p.matrix_elements());
         });
       }
-      matrices_ = {};
+      matrices_.reset();
     }
     source_.release();
     parallel_for(0, blocks_, source_.grain(), [&](int64_t begin, int64_t end) {
@@ -79,9 +79,12 @@ class GramBlocks {
       const Tensor x = source_.load(k, 0), y = source_.load(k, 1);
       last_ = std::make_unique<GramProblem<A>>(x, y, flags_, nullptr, nullptr, measures_);
       const int64_t elements = last_->matrix_elements();
-      matrices_.resize(groups_ * elements);
+      if (!matrices_) {
+        matrices_ = std::make_unique<Buffer<A>>(groups_ * elements);
+        std::memset(matrices_->get(), 0, groups_ * elements * sizeof(A));
+      }
       last_->for_matrices([&](int64_t g, const A* matrices) {
-        A* sum = matrices_.data() + g * elements;
+        A* sum = matrices_->get() + g * elements;
         for (int64_t i = 0; i < elements; ++i) sum[i] += matrices[i];
       });
     }
@@ -90,7 +93,7 @@ class GramBlocks {
   template <class F>
   void each_group(const F& f) {
     parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) f(*last_, g, matrices_.data() + g * last_->matrix_elements());
+      for (int64_t g = begin; g < end; ++g) f(*last_, g, matrices_->get() + g * last_->matrix_elements());
     });
   }
 
@@ -99,7 +102,7 @@ class GramBlocks {
   Source& source_;
   std::shared_ptr<RowMeasures<A>> measures_;
   std::unique_ptr<GramProblem<A>> last_;
-  std::vector<A> matrices_;
+  std::unique_ptr<Buffer<A>> matrices_;
 };
 
 }  // namespace kd

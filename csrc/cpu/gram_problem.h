@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -17,6 +16,7 @@
 #include "common/parallel.h"
 #include "cpu/gram.h"
 #include "cpu/gram_tiles.h"
+#include "cpu/workspace.h"
 
 namespace kd {
 
@@ -40,42 +40,23 @@ constexpr int64_t kPartialBytes = 1 << 19;  // of partial matrices, or 1/32 of t
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
-// Uninitialised, 64-byte aligned.
-template <class A>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<A*>(
-            std::aligned_alloc(64, round_up(count * static_cast<int64_t>(sizeof(A)) + 1, 64)))) {
-    KD_CHECK(data_ != nullptr, "gram: out of memory for a workspace of ", count, " elements");
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  A* get() const { return data_; }
-
- private:
-  A* data_;
-};
-
 // What tiles need to know of whole rows: their means (beyond a reference value) and norms. Gathered over one
 // or several blocks of features.
 template <class A>
 struct RowMeasures {
   std::vector<A> scale[2], ref[2], mean[2];
-  std::vector<double> total_mean[2];
   std::vector<double> sum[2], sum_sq[2];  // while gathering
   int64_t features[2] = {0, 0};
 
   void finish(bool norms) {
     for (int s : {0, 1}) {
       const size_t total = sum[s].size();
-      mean[s].resize(total), total_mean[s].resize(total), scale[s].assign(total, A(1));
+      mean[s].resize(total), scale[s].assign(norms ? total : 0, A(1));
       for (size_t i = 0; i < total; ++i) {
-        const double m = features[s] ? sum[s][i] / static_cast<double>(features[s]) : 0;
-        mean[s][i] = static_cast<A>(m), total_mean[s][i] = m + ref[s][i];
+        mean[s][i] = features[s] ? static_cast<A>(sum[s][i] / static_cast<double>(features[s])) : A(0);
         if (norms) scale[s][i] = sum_sq[s][i] > 0 ? static_cast<A>(1 / std::sqrt(sum_sq[s][i])) : A(0);
       }
+      sum[s] = {}, sum_sq[s] = {};
     }
   }
 };
@@ -113,8 +94,15 @@ class GramProblem {
     elements_ = offset_[2] + (cross_ ? padded_[0] * padded_[1] : 0);
     if (measures_ || !measures_rows(flags)) return;
     measures_ = std::make_shared<RowMeasures<A>>();
-    measure(*measures_);
-    measures_->finish(norms());
+    measures_late_ = groups_ >= kManyGroups && !norms();
+    if (measures_late_) {
+      for (int s : {0, 1}) {
+        measures_->ref[s].resize(groups_ * view(s).rows), measures_->mean[s].resize(groups_ * view(s).rows);
+      }
+    } else {
+      measure(*measures_);
+      measures_->finish(norms());
+    }
   }
 
   static bool extends(const GramFlags& f) { return !f.feature_side && f.centered && (f.inter || f.cosine); }
@@ -139,8 +127,23 @@ class GramProblem {
   const A* row_scale(int side, int64_t g) const {
     return measures_->scale[side].data() + g * view(side).rows;
   }
-  const double* row_mean(int side, int64_t g) const {
-    return measures_->total_mean[side].data() + g * view(side).rows;
+  double row_mean(int side, int64_t g, int64_t row) const {
+    const int64_t at = g * view(side).rows + row;
+    return static_cast<double>(measures_->ref[side][at]) + static_cast<double>(measures_->mean[side][at]);
+  }
+  // Reference values and means of a group's rows into `kept` or out of it.
+  void keep_row_means(int64_t g, A* kept, bool load) const {
+    for (int s : {0, 1}) {
+      const int64_t n = view(s).rows;
+      for (int i = 0; i < 2; ++i, kept += n) {
+        if (!centers_rows()) {
+          if (!load) std::fill_n(kept, n, A(0));
+          continue;
+        }
+        A* mine = (i ? measures_->mean : measures_->ref)[s].data() + g * n;
+        std::memcpy(load ? mine : kept, load ? kept : mine, n * sizeof(A));
+      }
+    }
   }
   // Of whole rows, where the view is a block of them.
   int64_t features(int side) const {
@@ -298,7 +301,9 @@ class GramProblem {
     return lines < 8 ? round_up(columns, k_.lanes) : (lines | 1) * line;
   }
 
-  void pack(int side, int64_t g, int64_t first, int64_t count, A* tile) const {
+  // sums: of the rows beyond their reference values, which the first tile sets; added up where it is not
+  // null.
+  void pack(int side, int64_t g, int64_t first, int64_t count, A* tile, double* sums = nullptr) const {
     const int64_t at = g * view(side).rows;
     TileTransform<A> t{};
     if (norms()) t.row_scale = measures_->scale[side].data() + at;
@@ -308,12 +313,51 @@ class GramProblem {
     t.center = flags_.centered && !flags_.feature_side;
     t.extend = extend_;
     view(side).load(g, first, count, tile, ld_[side]);
+    if (sums) add_row_sums(side, first == 0, count, tile, measures_->ref[side].data() + at, sums);
     k_.transform(t, view(side).rows, count, tile, ld_[side], round_up(count, k_.lanes), padded_[side]);
+  }
+
+  void add_row_sums(int side, bool first, int64_t count, const A* tile, A* ref, double* sums) const {
+    const int64_t n = view(side).rows;
+    if (first) {  // the means of the first tile
+      for (int64_t r = 0; r < n; ++r) ref[r] = tile[r * ld_[side]];
+      k_.row_sums(tile, ld_[side], count, n, ref, sums, nullptr);
+      for (int64_t r = 0; r < n; ++r) {
+        ref[r] = static_cast<A>(ref[r] + sums[r] / static_cast<double>(count)), sums[r] = 0;
+      }
+    }
+    k_.row_sums(tile, ld_[side], count, n, ref, sums, nullptr);
+  }
+
+  // Tiles t that lack e = the row means beyond the reference values (and of the means over the rows, which is
+  // their last row): their row sums are D e, so that the Grams of t - e 1^T are those of t less D e e^T. The
+  // means of the first tile are the reference, hence D e e^T is at most D / chunk of what remains.
+  void center_rows(int64_t g, const std::vector<double>* sums, A* matrices) const {
+    std::vector<A> e[2], scaled[2];
+    for (int s : {0, 1}) {
+      const int64_t n = view(s).rows;
+      const double features = static_cast<double>(view(s).features);
+      A* mean = measures_->mean[s].data() + g * n;
+      double shift = 0;
+      for (int64_t r = 0; r < n; ++r) shift += extend_ ? sums[s][r] / features / static_cast<double>(n) : 0;
+      for (int64_t r = 0; r < rows_[s]; ++r) {
+        if (r < n) mean[r] = static_cast<A>(sums[s][r] / features);
+        const double beyond = r < n ? sums[s][r] / features - shift : shift;
+        e[s].push_back(static_cast<A>(beyond)), scaled[s].push_back(static_cast<A>(features * beyond));
+      }
+    }
+    const auto subtract = [&](int a, int b, A* m) {
+      k_.subtract_outer(m, rows_[a], rows_[b], padded_[b], scaled[a].data(), e[b].data());
+    };
+    subtract(0, 0, xx(matrices)), subtract(1, 1, yy(matrices)), subtract(0, 1, xy(matrices));
   }
 
   void accumulate(int64_t g, int64_t split, int64_t splits, int64_t part, int64_t parts, A* tiles,
                   A* matrices) const {
     A* tile[2] = {tiles, tiles + tile_elements(0)};
+    std::vector<double> sums[2];
+    for (int s : {0, 1}) sums[s].assign(measures_late_ ? view(s).rows : 0, 0.0);
+    const auto sums_of = [&](int s) { return measures_late_ ? sums[s].data() : nullptr; };
     const auto product = [&](int a, int b, int64_t width, A* out) {
       k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, a == b, part, parts, out,
                   padded_[b]);
@@ -324,14 +368,15 @@ class GramProblem {
       for (int64_t c = chunks * split / splits; c < chunks * (split + 1) / splits; ++c) {
         const int64_t first = c * chunk_[s], count = std::min(chunk_[s], view(s).features - first);
         const int64_t width = round_up(count, k_.lanes);
-        pack(s, g, first, count, tile[s]);
+        pack(s, g, first, count, tile[s], sums_of(s));
         product(s, s, width, matrices + (s ? offset_[1] : 0));
         if (!cross_) continue;
-        pack(1, g, first, count, tile[1]);
+        pack(1, g, first, count, tile[1], sums_of(1));
         product(1, 1, width, yy(matrices));
         product(0, 1, width, xy(matrices));
       }
     }
+    if (measures_late_ && view(0).features) center_rows(g, sums, matrices);
   }
 
   // XX and YY hold only their upper triangles so far.
@@ -349,6 +394,7 @@ class GramProblem {
   GramSides<A> sides_;
   int64_t rows_[2], padded_[2], chunk_[2], ld_[2], offset_[3] = {}, elements_;
   std::shared_ptr<RowMeasures<A>> measures_;
+  bool measures_late_ = false;  // while the Grams add up, instead of in a pass before
 };
 
 }  // namespace kd

@@ -31,7 +31,7 @@ void run_forward(const GramProblem<A>& p, Tensor& products, Tensor& distance, co
   const SavedGroups keep{saved, p.groups()};
   check_saved(p, keep);
   p.for_matrices([&](int64_t g, A* matrices) {
-    if (keep.has(g)) for_saved_rows(p, matrices, keep.row<A>(g), false);
+    if (keep.has(g)) for_saved_rows(p, g, matrices, keep.row<A>(g), false);
     forward_group(p, g, matrices, to_products, to_distance);
   });
 }
@@ -46,7 +46,7 @@ void run_backward(const GramProblem<A>& p, const Tensor& grad_products, const Te
   };
   const auto known = [&](int64_t g, A* matrices) {
     if (!keep.has(g)) return false;
-    for_saved_rows(p, matrices, keep.row<A>(g), true);
+    for_saved_rows(p, g, matrices, keep.row<A>(g), true);
     return true;
   };
   if (p.groups() >= kManyGroups) {

@@ -13,6 +13,9 @@ GramFlags gram_flags(const Tensor& x, const Tensor& y, int64_t compare, bool cen
 // The flags alone.
 GramFlags gram_flags(int64_t compare, bool centered, bool cosine, bool inter, bool feature_side);
 
+// Elements that for_saved_rows() keeps of a group with n rows, dx and dy features.
+int64_t saved_elements(int64_t n, int64_t dx, int64_t dy, bool inter, bool feature_side);
+
 // What a loss term is given and asked for: gradients of products (xy, xx, yy) and distance.
 struct TermGradient {
   double xy, xx, yy, distance;
@@ -56,8 +59,8 @@ class PairTerms {
       intra_[s] = inter_[s] = grams[s];
       if (!p.extended()) continue;
       double mean = 0;
-      for (int64_t i = 0; i < n_; ++i) mean += p.row_mean(s, g)[i] / static_cast<double>(n_);
-      for (int64_t i = 0; i < n_; ++i) row_means_[s].push_back(static_cast<A>(p.row_mean(s, g)[i] - mean));
+      for (int64_t i = 0; i < n_; ++i) mean += p.row_mean(s, g, i) / static_cast<double>(n_);
+      for (int64_t i = 0; i < n_; ++i) row_means_[s].push_back(static_cast<A>(p.row_mean(s, g, i) - mean));
       intra_[s] = storage_.get() + 2 * s * n_ * ld_;
       inter_[s] = intra_[s] + n_ * ld_;
       p.kernels_table().rank_one_updates(grams[s], n_, ld_, row_means(s), p.features(s), intra_[s],
@@ -229,9 +232,10 @@ GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
   return mix;
 }
 
-// Between saved [G, ...] and a group's padded matrices: XX and YY as rows of their upper triangles, XY whole.
+// Between saved [G, ...] and a group's padded matrices: XX and YY as rows of their upper triangles, XY whole
+// and with it what row means are known by.
 template <class A>
-void for_saved_rows(const GramProblem<A>& p, A* matrices, A* saved, bool load) {
+void for_saved_rows(const GramProblem<A>& p, int64_t g, A* matrices, A* saved, bool load) {
   const auto copy = [&](A* m, int64_t rows, int64_t columns, int64_t ld, bool triangle) {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t first = triangle ? i : 0, count = columns - first;
@@ -243,7 +247,9 @@ void for_saved_rows(const GramProblem<A>& p, A* matrices, A* saved, bool load) {
   };
   copy(p.xx(matrices), p.rows(0), p.rows(0), p.padded(0), true);
   copy(p.yy(matrices), p.rows(1), p.rows(1), p.padded(1), true);
-  if (p.cross()) copy(p.xy(matrices), p.rows(0), p.rows(1), p.padded(1), false);
+  if (!p.cross()) return;
+  copy(p.xy(matrices), p.rows(0), p.rows(1), p.padded(1), false);
+  p.keep_row_means(g, saved, load);
 }
 
 // The mix of any comparison, from gradients of products [terms, 3, groups] and distance [terms, groups].
@@ -271,7 +277,7 @@ void for_saved_matrices(const GramProblem<A>& p, const Tensor& saved, const F& f
     Buffer<A> matrices(p.matrix_elements());
     for (int64_t g = begin; g < end; ++g) {
       A* kept = static_cast<A*>(const_cast<void*>(saved.const_data_ptr())) + g * saved.size(1);
-      for_saved_rows(p, matrices.get(), kept, true);
+      for_saved_rows(p, g, matrices.get(), kept, true);
       f(g, matrices.get());
     }
   });

@@ -9,230 +9,20 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "common/check.h"
 #include "common/gradient.h"
-#include "common/parallel.h"
-#include "cpu/gram_blocks.h"
-#include "cpu/gram_ops.h"
 #include "cpu/gram_run.h"
-#include "cpu/patched_map.h"
+#include "cpu/patch_blocks.h"
 
 namespace kd {
 namespace {
 
 using torch::stable::Tensor;
 
-// Wanted for the patch matrices of a block, per side: a share of a resized map within bounds.
-constexpr int64_t kBlockBytes = 1 << 20, kLeastBlockBytes = 1 << 17, kBlockShare = 16;
-constexpr int64_t kPartBytes = 4 << 20, kPartShare = 8;  // the same where features are cut
-// Enough for one task per group in the gram op: taken where they need up to twice that.
-constexpr int64_t kBlockGroups = 8;
-// Of the windows of spatial groups, per side: they stay in the L2 cache.
-constexpr int64_t kRowBytes = 1 << 19, kLeastRowBytes = 1 << 15, kRowShare = 64, kRowShareUnresized = 128;
 // Share of a resized map for what multiplies the patches of all spatial groups.
 constexpr double kMixShare = 0.32;
-// Share of a resized map for the workspaces of threads that work on blocks of their own.
-constexpr int64_t kWorkspaceShare = 2, kWorkspaceShareUnresized = 8;
-
-struct Flags {
-  int64_t compare;
-  bool centered, cosine, inter, feature_side, transposed;
-};
-
-struct Sizes {
-  int64_t groups, parts;  // of a block of groups; blocks of its features
-  int64_t bytes;          // of the patch matrices of a part, per side
-};
-
-template <class A>
-class Blocks;
-
-// Grows on demand; what it held is then lost.
-template <class A>
-class WindowBuffer {
- public:
-  A* data() const { return buffer_ ? buffer_->get() : nullptr; }
-  void reserve(int64_t count) {
-    if (count <= count_) return;
-    release();
-    buffer_ = std::make_unique<Buffer<A>>(count), count_ = count;
-  }
-  void release() { buffer_.reset(), count_ = 0; }
-
- private:
-  std::unique_ptr<Buffer<A>> buffer_;
-  int64_t count_ = 0;
-};
-
-// Memory of one thread for the patch matrices of some groups; a source of GramBlocks.
-template <class A>
-class Window {
- public:
-  Window(const Blocks<A>& blocks, Tensor* grad_x = nullptr, Tensor* grad_y = nullptr)
-      : blocks_(blocks), to_{grad_x, grad_y} {}
-
-  Window another() const {
-    Window w(blocks_, to_[0], to_[1]);
-    w.set_groups(first_, count_);
-    return w;
-  }
-  int64_t grain() const { return blocks_.window_fits(to_[0], to_[1]) ? 1 : blocks(); }
-
-  void release() {
-    for (int s : {0, 1}) tiles_[s].release(), gradients_[s].release();
-  }
-
-  void set_groups(int64_t first, int64_t count) { first_ = first, count_ = count; }
-  int64_t first() const { return first_; }
-  int64_t groups() const { return count_; }
-  int64_t blocks() const { return blocks_.sizes().parts; }
-
-  Tensor view(int64_t k, int s) { return blocks_.view(tiles_[s], part(k, s), s); }
-  Tensor gradient(int64_t k, int s) { return blocks_.view(gradients_[s], part(k, s), s); }
-  Tensor load(int64_t k, int s) {
-    const Tensor v = view(k, s);
-    blocks_.side(s).read(part(k, s), tiles_[s].data());
-    return v;
-  }
-  void store(int64_t k) {
-    for (int s : {0, 1}) {
-      if (to_[s]) store(k, s, gradients_[s].data());
-    }
-  }
-  void store(int64_t k, int s, const A* gradient) const {
-    blocks_.side(s).write(*to_[s], part(k, s), gradient);
-  }
-
- private:
-  Part part(int64_t k, int s) const { return blocks_.part(first_, count_, k, s); }
-
-  const Blocks<A>& blocks_;
-  Tensor* to_[2];
-  int64_t first_ = 0, count_ = 0;
-  WindowBuffer<A> tiles_[2], gradients_[2];
-};
-
-template <class A>
-class Blocks {
- public:
-  // at_once: spatial groups all in one block.
-  Blocks(const Tensor& x, const Tensor& y, const Grid& grid, const Flags& flags, bool at_once = false)
-      : like_(x), other_(y), grid_(grid), flags_(flags), x_(x, grid), y_(y, grid) {
-    KD_CHECK(x_.groups() == y_.groups(), "patch_gram: x and y have ", x_.groups(), " and ", y_.groups(),
-             " groups");
-    const int64_t groups = std::max<int64_t>(1, x_.groups()), total = total_bytes();
-    const int64_t bytes = std::max<int64_t>(1, total / groups);
-    const bool resized = x_.resized() || y_.resized();
-    const int64_t units = std::max<int64_t>(1, std::min(x_.units(), y_.units()));
-    // The other side of a problem has patches as features, which no block of a map holds.
-    const bool whole = flags.feature_side || flags.transposed;
-    if (grid.average == Average::spatial && !whole) {
-      const int64_t map = std::max(x.numel() * static_cast<int64_t>(x.element_size()),
-                                   y.numel() * static_cast<int64_t>(y.element_size()));
-      sizes_.groups = at_once ? groups : grid.patch_w;
-      const int64_t matrix_row = sizes_.groups * grid.patches() * static_cast<int64_t>(sizeof(A));
-      const int64_t most =
-          std::clamp(map / (resized ? kRowShare : kRowShareUnresized), kLeastRowBytes, kRowBytes) /
-          matrix_row;
-      sizes_.parts = std::max<int64_t>(1, units / std::max(kPlanes, most / kPlanes * kPlanes));
-      sizes_.bytes = matrix_row * ceil_div(std::max(x_.units(), y_.units()), sizes_.parts);
-      return;
-    }
-    const int64_t wanted = std::clamp(total / kBlockShare, kLeastBlockBytes, kBlockBytes) >> !resized;
-    const int64_t unit = grid.average == Average::spatial ? grid.patch_w : 1;
-    int64_t count = std::max<int64_t>(1, wanted / bytes);
-    if (count < kBlockGroups && kBlockGroups * bytes <= 2 * wanted) count = kBlockGroups;
-    sizes_.groups = std::clamp(round_up(count, unit), unit, std::max(unit, groups));
-    // Threads meet several times in every block of features: no more of them than memory asks for.
-    const int64_t part = resized ? std::max(wanted, std::min(total / kPartShare, kPartBytes)) : wanted;
-    sizes_.parts = whole ? 1 : std::clamp<int64_t>(sizes_.groups * bytes / part, 1, units);
-    sizes_.bytes = std::min(sizes_.groups, groups) * bytes / sizes_.parts;
-  }
-
-  // Whether every thread may have a window of its own.
-  bool window_fits(const Tensor* grad_x, const Tensor* grad_y) const {
-    const int64_t share = x_.resized() || y_.resized() ? kWorkspaceShare : kWorkspaceShareUnresized;
-    return num_threads() * (2 + (grad_x != nullptr) + (grad_y != nullptr)) * sizes_.bytes <=
-           total_bytes() / share;
-  }
-
-  int64_t groups() const { return x_.groups(); }
-  // Elements of the Grams of a group as the gram op saves them.
-  int64_t saved_size() const {
-    const Part all{0, 1, 0, x_.units()}, all_y{0, 1, 0, y_.units()};
-    int64_t n = grid_.patches() + flags_.inter, dx = x_.features(all), dy = y_.features(all_y);
-    if (flags_.transposed) n = dx + flags_.inter, dx = dy = grid_.patches();
-    return flags_.feature_side ? dx * (dx + 1) / 2 + dy * (dy + 1) / 2 + dx * dy
-                               : n * (n + 1) + flags_.inter * n * n;
-  }
-  const Sizes& sizes() const { return sizes_; }
-  // Whether all groups are one problem, without windows.
-  bool of_planes() const {
-    return !flags_.feature_side && !flags_.transposed && PlaneTiles<A>::suits(like_, grid_) &&
-           PlaneTiles<A>::suits(other_, grid_);
-  }
-  GramProblem<A> problem(const Tensor* grad_x, const Tensor* grad_y) const {
-    KD_CHECK(!flags_.inter || x_.features() == y_.features(), "patch_gram: inter needs equal features, got ",
-             x_.features(), " and ", y_.features());
-    GramSides<A> sides;
-    const Tensor* to[2] = {grad_x, grad_y};
-    for (int s : {0, 1}) {
-      sides.inputs[s] = std::make_unique<PlaneTiles<A>>(side(s));
-      if (to[s]) sides.gradients[s] = std::make_unique<PlaneTiles<A>>(side(s), to[s]);
-    }
-    return GramProblem<A>(
-        std::move(sides), groups(),
-        gram_flags(flags_.compare, flags_.centered, flags_.cosine, flags_.inter, flags_.feature_side));
-  }
-  const PatchedMap<A>& side(int s) const { return s ? y_ : x_; }
-  // Equal shares of the features, of whole groups of channels where they are many.
-  Part part(int64_t first, int64_t count, int64_t k, int s) const {
-    const int64_t units = side(s).units();
-    const int64_t step = units % kPlanes || units < kPlanes * sizes_.parts ? 1 : kPlanes;
-    const int64_t begin = units / step * k / sizes_.parts * step;
-    return {first, count, begin, units / step * (k + 1) / sizes_.parts * step - begin};
-  }
-
-  // f(window) for every block of groups, on several threads at once where that keeps the windows small: then
-  // a thread never waits for another, and the parallel loops inside run on it alone.
-  template <class F>
-  void run(const F& f, Tensor* grad_x = nullptr, Tensor* grad_y = nullptr) const {
-    const int64_t blocks = ceil_div(groups(), sizes_.groups), threads = num_threads();
-    const bool adds = (grad_x && x_.adds(sizes_.groups)) || (grad_y && y_.adds(sizes_.groups));
-    const bool apart = !adds && blocks >= 2 * threads && window_fits(grad_x, grad_y);
-    const auto run_blocks = [&](int64_t first, int64_t last) {
-      Window<A> mine(*this, grad_x, grad_y);
-      for (int64_t b = first; b < last; ++b) {
-        mine.set_groups(b * sizes_.groups, std::min(sizes_.groups, groups() - b * sizes_.groups));
-        f(mine);
-      }
-    };
-    apart ? parallel_for(0, blocks, 1, run_blocks) : run_blocks(0, blocks);
-  }
-
-  Tensor view(WindowBuffer<A>& data, const Part& part, int s) const {
-    const int64_t groups = part.groups, n = grid_.patches(), d = side(s).features(part);
-    data.reserve(groups * n * d);
-    const std::vector<int64_t> sizes = flags_.transposed ? std::vector<int64_t>{groups, d, 1, 1, 1, n}
-                                                         : std::vector<int64_t>{groups, n, 1, 1, 1, d};
-    const std::vector<int64_t> strides = flags_.transposed ? std::vector<int64_t>{n * d, 1, 1, 1, 1, d}
-                                                           : std::vector<int64_t>{n * d, d, 1, 1, 1, 1};
-    return torch::stable::from_blob(data.data(), sizes, strides, like_.device(),
-                                    std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
-  }
-
- private:
-  int64_t total_bytes() const { return std::max(x_.total(), y_.total()) * static_cast<int64_t>(sizeof(A)); }
-
-  const Tensor &like_, &other_;
-  Grid grid_;
-  Flags flags_;
-  PatchedMap<A> x_, y_;
-  Sizes sizes_;
-};
 
 template <class A>
 Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size) {
@@ -257,7 +47,7 @@ void copy_columns(A* all, int64_t rows, int64_t columns, int64_t first, int64_t 
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, const Grid& grid,
-                                           const Flags& flags, int64_t saved_groups) {
+                                           const PatchFlags& flags, int64_t saved_groups) {
   const Blocks<A> blocks(x, y, grid, flags);
   const int64_t groups = blocks.groups(), terms = flags.inter ? 2 : 1;
   Tensor products = new_empty<A>(x, {terms, 3, groups}), distance = new_empty<A>(x, {terms, groups});
@@ -271,17 +61,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
   KD_CHECK(!save || saved_groups == groups, "patch_gram: these Grams are saved of all groups or of none");
   blocks.run([&](Window<A>& w) {
     const int64_t first = w.first(), count = w.groups();
-    A* keep = save ? data_of<A>(saved) + first * saved.size(1) : nullptr;
-    Tensor p, d;
+    Tensor p = new_empty<A>(x, {terms, 3, count}), d = new_empty<A>(x, {terms, count});
+    const GramFlags f = blocks.gram_flags_of(w);
     if (w.blocks() == 1) {
-      Tensor s;
-      std::tie(p, d, s) = gram_cpu(w.load(0, 0), w.load(0, 1), flags.compare, flags.centered, flags.cosine,
-                                   flags.inter, flags.feature_side, save);
-      if (save) std::copy(data_of<A>(s), data_of<A>(s) + s.numel(), keep);
+      const Tensor kept = save ? torch::stable::narrow(saved, 0, first, count) : saved;
+      run_forward(GramProblem<A>(w.load(0, 0), w.load(0, 1), f), p, d, kept);
     } else {
-      p = new_empty<A>(x, {terms, 3, count}), d = new_empty<A>(x, {terms, count});
-      const GramFlags f = gram_flags(w.view(0, 0), w.view(0, 1), flags.compare, flags.centered, flags.cosine,
-                                     flags.inter, false);
+      A* keep = save ? data_of<A>(saved) + first * saved.size(1) : nullptr;
       GramBlocks<A, Window<A>>(f, w).forward(data_of<A>(p), data_of<A>(d), keep, saved.size(1));
     }
     copy_columns(data_of<A>(products), 3 * terms, groups, first, count, data_of<A>(p), true);
@@ -292,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
 
 template <class A>
 void backward(const Tensor& grad_products, const Tensor& grad_distance, const Tensor& x, const Tensor& y,
-              const Tensor& saved, const Grid& grid, const Flags& flags, bool at_once, Tensor* grad_x,
+              const Tensor& saved, const Grid& grid, const PatchFlags& flags, bool at_once, Tensor* grad_x,
               Tensor* grad_y) {
   const Blocks<A> blocks(x, y, grid, flags, at_once);
   const int64_t groups = blocks.groups();
@@ -308,25 +94,23 @@ void backward(const Tensor& grad_products, const Tensor& grad_distance, const Te
     copy_columns(data_of<A>(gd), terms, groups, first, count, data_of<A>(d), false);
     Tensor kept = saved;
     if (saved.numel()) kept = torch::stable::narrow(kept, 0, first, count);
+    const GramFlags f = blocks.gram_flags_of(w);
     if (w.blocks() > 1) {
-      const GramFlags f = gram_flags(w.view(0, 0), w.view(0, 1), flags.compare, flags.centered, flags.cosine,
-                                     flags.inter, false);
       GramBlocks<A, Window<A>>(f, w).backward(p, d, kept, grad_x != nullptr, grad_y != nullptr);
       return;
     }
-    const auto gradients = gram_backward_cpu(p, d, all || grad_x ? w.load(0, 0) : w.view(0, 0),
-                                             all || grad_y ? w.load(0, 1) : w.view(0, 1), kept, flags.compare,
-                                             flags.centered, flags.cosine, flags.inter, flags.feature_side,
-                                             grad_x != nullptr, grad_y != nullptr);
-    if (grad_x) w.store(0, 0, data_of<A>(std::get<0>(gradients)));
-    if (grad_y) w.store(0, 1, data_of<A>(std::get<1>(gradients)));
+    const Tensor vx = all || grad_x ? w.load(0, 0) : w.view(0, 0);
+    const Tensor vy = all || grad_y ? w.load(0, 1) : w.view(0, 1);
+    const Tensor gx = grad_x ? w.gradient(0, 0) : vx, gy = grad_y ? w.gradient(0, 1) : vy;
+    run_backward(GramProblem<A>(vx, vy, f, grad_x ? &gx : nullptr, grad_y ? &gy : nullptr), p, d, kept);
+    w.store(0);
   };
   blocks.run(one, grad_x, grad_y);
 }
 
 // Whether the gradients of spatial groups are made of all groups at once, so that each pixel is written once.
 bool mixes_at_once(const Tensor& x, const Tensor& y, const Tensor& saved, const Grid& grid,
-                   const Flags& flags, int64_t sides) {
+                   const PatchFlags& flags, int64_t sides) {
   if (grid.average != Average::spatial || flags.feature_side || flags.transposed || !saved.numel())
     return false;
   const auto resized = [&](const Tensor& v) {
@@ -362,8 +146,9 @@ std::tuple<Tensor, Tensor, Tensor> patch_gram_cpu(const Tensor& x, const Tensor&
                                                   bool bilinear, int64_t average, int64_t compare,
                                                   bool centered, bool cosine, bool inter, bool feature_side,
                                                   bool transposed, int64_t saved_groups) {
+  const Workspaces::Call call;
   const Grid grid = grid_of(x, y, patch_h, patch_w, rows, columns, bilinear, average);
-  const Flags flags{compare, centered, cosine, inter, feature_side, transposed};
+  const PatchFlags flags{compare, centered, cosine, inter, feature_side, transposed};
   return is_wide(x, y) ? forward<double>(x, y, grid, flags, saved_groups)
                        : forward<float>(x, y, grid, flags, saved_groups);
 }
@@ -375,8 +160,9 @@ std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, 
                                                    int64_t compare, bool centered, bool cosine, bool inter,
                                                    bool feature_side, bool transposed, bool need_x,
                                                    bool need_y) {
+  const Workspaces::Call call;
   const Grid grid = grid_of(x, y, patch_h, patch_w, rows, columns, bilinear, average);
-  const Flags flags{compare, centered, cosine, inter, feature_side, transposed};
+  const PatchFlags flags{compare, centered, cosine, inter, feature_side, transposed};
   const bool wide = is_wide(x, y), spatial = grid.average == Average::spatial;
   const bool at_once = mixes_at_once(x, y, saved, grid, flags, need_x + need_y);
   Tensor gradients[2], sums[2];

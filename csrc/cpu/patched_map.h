@@ -13,6 +13,7 @@
 #include "common/parallel.h"
 #include "cpu/gram_tiles.h"
 #include "cpu/patches.h"
+#include "cpu/workspace.h"
 
 namespace kd {
 
@@ -167,15 +168,15 @@ class PatchedMap {
 
   // One unit of one group, a plane, into or out of a tile [N, pixels of a patch] of leading dimension ld.
   void read_plane(int64_t group, int64_t unit, A* tile, int64_t ld) const {
-    std::vector<A> scratch(scratch_elements(1, map_.size(3)));
+    Buffer<A> scratch(scratch_elements(1, map_.size(3)));
     patch_kernels<A>().read(plane(map_, group, unit), rows_.get(), columns_.get(), plane_tile(ld), tile,
-                            scratch.data());
+                            scratch.get());
   }
   void write_plane(const torch::stable::Tensor& gradient, int64_t group, int64_t unit, const A* tile,
                    int64_t ld) const {
-    std::vector<A> scratch(scratch_elements(1, map_.size(3)));
+    Buffer<A> scratch(scratch_elements(1, map_.size(3)));
     patch_kernels<A>().write(plane(gradient, group, unit), rows_adjoint_.get(), columns_adjoint_.get(),
-                             plane_tile(ld), tile, false, scratch.data());
+                             plane_tile(ld), tile, false, scratch.get());
   }
   const Grid& grid() const { return grid_; }
 
@@ -219,12 +220,12 @@ class PatchedMap {
     const int64_t together = map.stride(1) == 1 || tile.plane == 1 ? kPlanes : 1,
                   tasks = (channels + together - 1) / together;
     parallel_for(0, images * tasks, 1, [&](int64_t task_begin, int64_t task_end) {
-      std::vector<A> scratch(scratch_elements(together, map.size(3)));
+      Buffer<A> scratch(scratch_elements(together, map.size(3)));
       for (int64_t task = task_begin; task < task_end; ++task) {
         const int64_t b = task / tasks, c = task % tasks * together;
         const MapPlanes planes =
             planes_at(map, first_image + b, first_channel + c, std::min(together, channels - c));
-        f(planes, tile, b * image_stride + c * channel_stride, scratch.data());
+        f(planes, tile, b * image_stride + c * channel_stride, scratch.get());
       }
     });
   }
@@ -249,12 +250,12 @@ class PatchedMap {
     }
     begins.push_back(d);
     parallel_for(0, static_cast<int64_t>(begins.size()) - 1, 1, [&](int64_t first, int64_t last) {
-      std::vector<A> scratch(scratch_elements(kPlanes, map.size(3)));
+      Buffer<A> scratch(scratch_elements(kPlanes, map.size(3)));
       for (int64_t i = first; i < last; ++i) {
         const int64_t unit = part.first_unit + begins[i];
         const MapPlanes planes =
             planes_at(map, unit / channels_, unit % channels_, begins[i + 1] - begins[i]);
-        f(planes, tile, begins[i], scratch.data());
+        f(planes, tile, begins[i], scratch.get());
       }
     });
   }

@@ -30,12 +30,15 @@ def workspace_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int
 
 
 def saved_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
-    """Elements per group that the C++ forward saves on the CPU: the symmetric XX and YY as triangles."""
+    """Elements per group that the C++ forward saves on the CPU: the symmetric XX and YY as triangles.
+
+    Where there is an XY, also two numbers for the mean of each row.
+    """
     n, dx, dy = _rows(x), _features(x), _features(y)
     if feature_side:
-        return dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy
-    n += int(inter)  # torch 2.11 fails where a bool is added to a symbolic size
-    return n * (n + 1) + (n * n if inter else 0)
+        return dx * (dx + 1) // 2 + dy * (dy + 1) // 2 + dx * dy + 2 * (dx + dy)
+    rows = n + int(inter)  # torch 2.11 fails where a bool is added to a symbolic size
+    return rows * (rows + 1) + (rows * rows + 4 * n if inter else 0)
 
 
 def _rows(v: Tensor) -> int:
