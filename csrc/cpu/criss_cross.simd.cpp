@@ -7,6 +7,7 @@
 
 #include "cpu/criss_cross.h"
 
+#include "cpu/criss_cross_lanes.h"
 #include "cpu/criss_cross_tiles.h"
 #include "cpu/exp.h"
 
@@ -278,7 +279,8 @@ int64_t workspace(const CrissCrossCall<A>& call, int64_t count, bool is_backward
 
 template <class A>
 constexpr CrissCrossKernels<A> table() {
-  return {.workspace = workspace<A>, .forward = forward<A>, .backward = backward<A>};
+  return {.workspace = workspace<A>, .forward = forward<A>, .backward = backward<A>,
+          .lanes = kLanes<A>, .forward_lanes = forward_lanes<A>, .backward_lanes = backward_lanes<A>};
 }
 
 }  // namespace
