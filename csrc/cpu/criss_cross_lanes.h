@@ -188,6 +188,14 @@ struct Columns {
 };
 
 constexpr int64_t kTileChannels = kGroup;
+// Most terms of a product whose operands stay in a first-level cache of 32 KB together.
+constexpr int64_t kInner = (24 << 10) / (kVectorBytes * (kGroup + kPositions));
+
+// Blocks of nearly one size, of at most `most` and a multiple of 4.
+inline int64_t even_step(int64_t n, int64_t most) {
+  const int64_t blocks = (n + most - 1) / most;
+  return rounded_up((n + blocks - 1) / blocks, 4);
+}
 
 template <class A>
 void forward_lanes(const CrissCrossCall<A>& call, int64_t image, int64_t first, int64_t most, A* workspace) {
@@ -196,8 +204,8 @@ void forward_lanes(const CrissCrossCall<A>& call, int64_t image, int64_t first, 
   Coming none;
   const int64_t n = call.length, ld = rounded_up(n, 4);
   int64_t step = (most / L - ld * kGroup) / (ld + kGroup + 1) / 4 * 4;
-  step = step < 8 ? 8 : step;
-  step = rounded_up((n + (n + step - 1) / step - 1) / ((n + step - 1) / step), 4);
+  step = even_step(n, step < 8 ? 8 : step);
+  const int64_t inner = even_step(n, kInner);
   A* const scores = workspace;
   A *const keys = scores + step * ld * L, *const queries = keys + kTileChannels * ld * L;
   A* const kept = queries + kTileChannels * step * L;
@@ -237,10 +245,18 @@ void forward_lanes(const CrissCrossCall<A>& call, int64_t image, int64_t first, 
     for (int64_t c = 0; c < call.values; c += kGroup) {
       const int64_t channels = call.values - c < kGroup ? call.values - c : kGroup;
       const int64_t left = call.values - c - channels;
-      Coming next;
-      columns.ask(next, call.value, c + channels, left < kGroup ? left : kGroup, 0, n);
-      columns.pack(call.value, c, channels, 0, n, keys);
-      columns.template apply<true>(keys, n, scores, ld, channels, call.out, c, q0, count, kept, next);
+      for (int64_t k0 = 0; k0 < n; k0 += inner) {
+        const int64_t terms = n - k0 < inner ? n - k0 : inner;
+        const bool last = k0 + inner >= n;
+        Coming next;
+        if (last) {
+          columns.ask(next, call.value, c + channels, left < kGroup ? left : kGroup, 0, inner);
+        } else {
+          columns.ask(next, call.value, c, channels, k0 + inner, n - k0 - inner < inner ? n - k0 - inner : inner);
+        }
+        columns.pack(call.value, c, channels, k0, terms, keys);
+        columns.template apply<true>(keys, terms, scores + k0 * L, ld, channels, call.out, c, q0, count, k0 > 0 ? nullptr : kept, next);
+      }
     }
   }
 }
@@ -252,18 +268,17 @@ void backward_lanes(const CrissCrossCall<A>& call, int64_t image, int64_t first,
   const bool need_scores = call.grad_query.data || call.grad_key.data, need_value = call.grad_value.data;
   Coming none;
   const int64_t n = call.length;
-  // two matrices [n, step], tiles of queries and keys
-  int64_t step = (most / L - rounded_up(n, 4) * kGroup) / (2 * rounded_up(n, 4) + kGroup) / 4 * 4;
-  step = step < 8 ? 8 : step;
-  step = rounded_up((n + (n + step - 1) / step - 1) / ((n + step - 1) / step), 4);
-  const int64_t ld = step, qstep = n, size = rounded_up(n, 4);
+  int64_t step = 8;  // two matrices [step, step], tiles of queries and keys
+  while (step + 4 <= kInner && 2 * (step + 4) * (step + 4 + kTileChannels) * L <= most) step += 4;
+  step = even_step(n, step);
+  const int64_t ld = step;
   A* const weights = workspace;
-  A *const slopes = weights + ld * size * L, *const left = slopes + ld * size * L;
-  A* const right = left + kTileChannels * size * L;
+  A *const slopes = weights + ld * ld * L, *const left = slopes + ld * ld * L;
+  A* const right = left + kTileChannels * ld * L;
   for (int64_t k0 = 0; k0 < n; k0 += step) {
     const int64_t keys = n - k0 < step ? n - k0 : step;
-    for (int64_t q0 = 0; q0 < n; q0 += qstep) {
-      const int64_t queries = n - q0 < qstep ? n - q0 : qstep;
+    for (int64_t q0 = 0; q0 < n; q0 += step) {
+      const int64_t queries = n - q0 < step ? n - q0 : step;
       const auto blocks = [&](int64_t channels, const auto& f) {
         for (int64_t c = 0; c < channels; c += kTileChannels) {
           const int64_t left = channels - c - kTileChannels;
