@@ -28,7 +28,8 @@ using torch::stable::Tensor;
 // Neighbouring lines that are worked on together: image rows in one piece of memory, image columns that share
 // lines of the cache. As many columns as leave a workspace within 1/kShare of the scores in float32.
 constexpr int64_t kRowsTogether = 4, kColumnsTogether[] = {16, 8, 4}, kShare = 24;
-constexpr int64_t kTask = 1 << 20;  // multiply-adds for a thread to be worth its start
+constexpr int64_t kSmallWorkspace = 64 << 10;  // not worth saving
+constexpr int64_t kTask = 1 << 20;             // multiply-adds for a thread to be worth its start
 
 template <class A>
 const CrissCrossKernels<A>& kernels() {
@@ -59,22 +60,49 @@ CrissCrossMap map_of(const Tensor* x, bool column) {
           x->size(position) == 1 ? 1 : x->stride(position)};
 }
 
-// Depends on shapes and strides only, so that results do not depend on the number of threads.
+// Whether a pass may work on columns side by side, one in each lane of a vector.
 template <class A>
-int64_t lines_together(const Tensor& value, const CrissCrossCall<A>& call, bool is_backward) {
-  if (value.stride(3) != 1 || value.stride(2) == 1) return 1;
-  if (!call.column) return kRowsTogether;
-  const int64_t scores = 4 * value.size(0) * value.size(2) * value.size(3) * (value.size(2) + value.size(3));
-  for (const int64_t columns : kColumnsTogether) {
-    const int64_t bytes =
-        kernels<A>().workspace(call, columns, is_backward) * static_cast<int64_t>(sizeof(A));
-    if (bytes * kShare <= scores) return columns;
+bool side_by_side(const CrissCrossCall<A>& call) {
+  if (!call.column || call.dtype != (sizeof(A) == 8 ? Dtype::f64 : Dtype::f32)) return false;
+  for (const CrissCrossMap* map : {&call.query, &call.key, &call.value, &call.out, &call.grad_out,
+                                   &call.grad_query, &call.grad_key, &call.grad_value}) {
+    if (map->data && map->line != 1) return false;
   }
-  return std::end(kColumnsTogether)[-1];
+  return true;
+}
+
+// How a pass is cut into tasks: per image, vectors of columns, then blocks of lines from `rest` on. Depends
+// on shapes and strides only, so that results do not depend on the number of threads.
+struct Plan {
+  int64_t columns, most, vectors, rest, together, bytes;
+};
+
+template <class A>
+Plan plan_of(const Tensor& value, const CrissCrossCall<A>& call, bool is_backward) {
+  const CrissCrossKernels<A>& with = kernels<A>();
+  const int64_t size = sizeof(A), height = value.size(2), width = value.size(3);
+  const int64_t share = 4 * value.size(0) * height * width * (height + width) / kShare;
+  const auto fits = [&](int64_t lines) { return size * with.workspace(call, lines, is_backward) <= share; };
+  Plan plan{with.columns, std::max(share, kSmallWorkspace) / size, 0, 0, 1, 0};
+  if (side_by_side(call)) plan.vectors = call.lines / plan.columns;
+  plan.rest = plan.vectors * plan.columns;
+  if (value.stride(3) == 1 && value.stride(2) != 1) {
+    plan.together = kRowsTogether;
+    if (call.column) {
+      plan.together = *std::find_if(std::begin(kColumnsTogether), std::end(kColumnsTogether) - 1, fits);
+    }
+  }
+  if (plan.vectors) plan.bytes = size * with.workspace_of_columns(call, plan.most, is_backward);
+  if (plan.rest < call.lines) {
+    const int64_t lines = std::min(plan.together, call.lines - plan.rest);
+    plan.bytes = std::max(plan.bytes, size * with.workspace(call, lines, is_backward));
+  }
+  return plan;
 }
 
 template <class A>
 void run(const Maps& maps, A* lse, A* delta, bool is_backward) {
+  const CrissCrossKernels<A>& with = kernels<A>();
   const Tensor& value = *maps.value;
   const int64_t images = value.size(0), height = value.size(2), width = value.size(3);
   for (const bool column : {false, true}) {
@@ -90,19 +118,26 @@ void run(const Maps& maps, A* lse, A* delta, bool is_backward) {
     call.column = column, call.lse = lse, call.delta = delta;
     call.image_step = height * width, call.line_step = column ? 1 : width;
     call.position_step = column ? width : 1;
-    const int64_t step = lines_together(value, call, is_backward), blocks = (call.lines + step - 1) / step;
-    const int64_t work = step * call.length * call.length * (call.channels + call.values);
+    const Plan plan = plan_of(value, call, is_backward);
+    const int64_t tasks = plan.vectors + (call.lines - plan.rest + plan.together - 1) / plan.together;
+    const int64_t lines = plan.vectors ? plan.columns : plan.together;
+    const int64_t work = lines * call.length * call.length * (call.channels + call.values);
     const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(work, 1));
-    parallel_for(0, images * blocks, grain, [&](int64_t begin, int64_t end) {
-      const int64_t elements = kernels<A>().workspace(call, step, is_backward);
-      const size_t bytes = (static_cast<size_t>(elements) * sizeof(A) + 63) / 64 * 64;
+    parallel_for(0, images * tasks, grain, [&](int64_t begin, int64_t end) {
+      const size_t bytes = (static_cast<size_t>(plan.bytes) + 63) / 64 * 64;
       const std::unique_ptr<A, decltype(&std::free)> workspace(static_cast<A*>(std::aligned_alloc(64, bytes)),
                                                                &std::free);
       KD_CHECK(workspace, "criss_cross: out of memory for a workspace of ", bytes, " bytes");
-      const auto pass = is_backward ? kernels<A>().backward : kernels<A>().forward;
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % blocks * step;
-        pass(call, i / blocks, first, std::min(step, call.lines - first), workspace.get());
+        const int64_t image = i / tasks, task = i % tasks;
+        if (task < plan.vectors) {
+          const auto pass = is_backward ? with.backward_columns : with.forward_columns;
+          pass(call, image, task * plan.columns, plan.most, workspace.get());
+        } else {
+          const int64_t first = plan.rest + (task - plan.vectors) * plan.together;
+          const auto pass = is_backward ? with.backward : with.forward;
+          pass(call, image, first, std::min(plan.together, call.lines - first), workspace.get());
+        }
       }
     });
   }

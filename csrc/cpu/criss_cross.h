@@ -33,6 +33,13 @@ struct CrissCrossKernels {
   // `count` lines from `first` of an image, at most what the workspace was asked for.
   void (*forward)(const CrissCrossCall<A>&, int64_t image, int64_t first, int64_t count, A* workspace);
   void (*backward)(const CrissCrossCall<A>&, int64_t image, int64_t first, int64_t count, A* workspace);
+  // The column pass over `columns` columns that lie side by side, in maps that hold A; in about `most`
+  // elements.
+  int64_t columns;
+  int64_t (*workspace_of_columns)(const CrissCrossCall<A>&, int64_t most, bool backward);
+  void (*forward_columns)(const CrissCrossCall<A>&, int64_t image, int64_t first, int64_t most, A* workspace);
+  void (*backward_columns)(const CrissCrossCall<A>&, int64_t image, int64_t first, int64_t most,
+                           A* workspace);
 };
 
 }  // namespace kd

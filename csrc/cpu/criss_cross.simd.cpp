@@ -7,18 +7,13 @@
 
 #include "cpu/criss_cross.h"
 
+#include "cpu/criss_cross_lanes.h"
 #include "cpu/criss_cross_tiles.h"
-#include "cpu/exp.h"
 
 namespace kd::KD_ISA {
 namespace {
 
 constexpr int64_t kBlock = 48, kBlockOfLines = 18;  // channels of a tile of one line, of several
-
-constexpr double kLog2E = 1.4426950408889634;
-
-inline float logarithm(float x) { return __builtin_logf(x); }
-inline double logarithm(double x) { return __builtin_log(x); }
 
 // Rows of a tile or of scores: whole vectors, and not a multiple of 512 bytes, which few cache sets would
 // hold.
@@ -128,11 +123,6 @@ struct Lines {
     for (int64_t i = 0; i < count * n; ++i) scores[i * ld + i % n] = value;
   }
 };
-
-template <class A>
-inline Vec<A> power(const Vec<A>& x) {  // e^x
-  return exp2_vec<A>(x * static_cast<A>(kLog2E));
-}
 
 // Scores of keys [j] by positions [i] become weights. In the column pass `lse` holds what the row pass left,
 // and `kept` becomes its share; lse becomes the log-sum-exp of all.
@@ -278,7 +268,14 @@ int64_t workspace(const CrissCrossCall<A>& call, int64_t count, bool is_backward
 
 template <class A>
 constexpr CrissCrossKernels<A> table() {
-  return {.workspace = workspace<A>, .forward = forward<A>, .backward = backward<A>};
+  return {.workspace = workspace<A>,
+          .forward = forward<A>,
+          .backward = backward<A>,
+
+          .columns = kLanes<A>,
+          .workspace_of_columns = workspace_of_columns<A>,
+          .forward_columns = forward_columns<A>,
+          .backward_columns = backward_columns<A>};
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops.attention_mask import attention_mask, attention_pool, masked_distance
 from ..reference.attention_mask import mask
 from ._common import Levels, Loss, check_choice, check_pair, describe, levels, total
+from ._pointwise import pointwise_layer
 
 Mask = Literal["mean_of_softmax", "softmax_of_sum"]
 Pooling = Literal["abs", "signed"]
@@ -208,7 +209,7 @@ class AttentionGuidedLoss(Loss):
     def _adapted(self, student: Tensor, teacher: Tensor, layer: _Adaptation) -> tuple:
         _check_maps(student, teacher, one_width=False)
         layer.check(student, teacher)
-        adapted, settings = layer.feature(student), self._settings()
+        adapted, settings = pointwise_layer(layer.feature, student), self._settings()
         if student.shape == teacher.shape:
             masked, distances, spatial, channel = attention_mask(
                 student, teacher, adapted, transfer_weight=0.0, **settings

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d
 
 from ._common import Levels, Loss, check_choice, check_float, describe, levels, total
+from ._pointwise import pointwise, pointwise_layer
 from .affinity import concatenation_affinity, dot_product_affinity, softmax_affinity
 from .attention import Channels, channel_pairs, masked_feature_distance
 from .criss_cross import criss_cross_attention
@@ -44,20 +45,22 @@ def non_local_response(
     """
     _check_map(x, key_stride)
     if kind == "gaussian":
-        value = max_pool2d(g(x), key_stride).to(x.dtype)  # autocast makes g(x) narrower than x
+        value = max_pool2d(pointwise_layer(g, x), key_stride).to(
+            x.dtype
+        )  # autocast makes g(x) narrower than x
         return softmax_affinity(x, max_pool2d(x, key_stride), value)
     # One convolution for keys and values: x is read once, and its gradient summed once.
     weight, bias = torch.cat([phi.weight, g.weight]), torch.cat([phi.bias, g.bias])
     sizes = (phi.out_channels, g.out_channels)
-    key, value = max_pool2d(conv2d(x, weight, bias), key_stride).split(sizes, 1)
+    key, value = max_pool2d(pointwise(x, weight, bias), key_stride).split(sizes, 1)
     if kind == "dot_product":
-        return dot_product_affinity(theta(x), key, value)
+        return dot_product_affinity(pointwise_layer(theta, x), key, value)
     if kind == "embedded_gaussian":
-        return softmax_affinity(theta(x), key, value, scale=scale)
+        return softmax_affinity(pointwise_layer(theta, x), key, value, scale=scale)
     for_query, for_key = project.split(phi.out_channels, 1)  # [1, d, 1, 1]
     # w_1 . theta(x) is one 1x1 convolution to one channel: theta(x) is never formed.
     row = for_query.flatten(1)
-    a = conv2d(x, (row @ theta.weight.flatten(1))[..., None, None], row @ theta.bias)
+    a = pointwise(x, (row @ theta.weight.flatten(1))[..., None, None], row @ theta.bias)
     b = conv2d(key, for_key)
     y = concatenation_affinity(a.flatten(1), b.flatten(1), value.flatten(2).transpose(1, 2))  # [B, n, e]
     return y.transpose(1, 2).unflatten(2, x.shape[2:])
@@ -147,7 +150,8 @@ class NonLocalBlock(nn.Module):
         if self.kind in CRISS_CROSS:
             rounds = 2 if self.kind == "rcca" else 1
             for i in range(rounds):
-                y = criss_cross_attention(self.query_conv(x), self.key_conv(x), self.value_conv(x))
+                convs = (self.query_conv, self.key_conv, self.value_conv)
+                y = criss_cross_attention(*(pointwise_layer(conv, x) for conv in convs))
                 x = torch.addcmul(x, self.gamma, y) if self.residual or i + 1 < rounds else self.gamma * y
             return x
         gaussian = self.kind == "gaussian"
@@ -160,8 +164,11 @@ class NonLocalBlock(nn.Module):
             self.concat_project[0].weight if self.kind == "concatenation" else None,
             key_stride=self.key_stride,
         )
-        z = self.W(y)
-        return z + x if self.residual else z
+        z = self.W[1](pointwise_layer(self.W[0], y))
+        if not self.residual:
+            return z
+        # In place, for the norm's backward does not need its result; autocast makes z narrower.
+        return z.add_(x) if z.dtype == x.dtype else z + x
 
 
 class NonLocalLoss(Loss):
@@ -241,7 +248,7 @@ class NonLocalLoss(Loss):
             )
         modules = zip(self.student, self.teacher, self.adaptation, strict=True)
         terms = [
-            relation_distance(adapt(of_student(s)), of_teacher(t))
+            relation_distance(pointwise_layer(adapt, of_student(s)), of_teacher(t))
             for (s, t), (of_student, of_teacher, adapt) in zip(pairs, modules, strict=True)
         ]
         return self.weight * total(terms).float()

@@ -1,0 +1,68 @@
+"""1x1 convolutions as products: values and gradients of the convolution, on maps large enough to be products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import conv2d
+
+from kdfast.losses import _pointwise
+from kdfast.losses._pointwise import pointwise, pointwise_layer
+
+
+@pytest.fixture(autouse=True)
+def all_maps_are_large(monkeypatch):
+    monkeypatch.setattr(_pointwise, "_LARGE", 1)
+
+
+def products(call) -> list[str]:
+    with torch.profiler.profile() as profile:
+        call()
+    return [e.key for e in profile.key_averages() if e.key in ("aten::baddbmm", "aten::conv2d")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (1, 8, 1, 1), (3, 1, 4, 6)])
+def test_is_the_convolution(shape, dtype):
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(6, shape[1], 1, 1, dtype=dtype)
+    inputs = [v.requires_grad_() for v in (x, weight, torch.randn(6, dtype=dtype))]
+    assert products(lambda: pointwise(*inputs)) == ["aten::baddbmm"]
+    grad = torch.randn(shape[0], 6, *shape[2:], dtype=dtype)
+    found, expected = pointwise(*inputs), conv2d(*(v.double() for v in inputs))
+    for a, b in zip(
+        (found, *torch.autograd.grad(found, inputs, grad)),
+        (expected, *torch.autograd.grad(expected, inputs, grad.double())),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b.to(dtype))
+
+
+def test_other_maps_are_convolved():
+    layer = nn.Conv2d(5, 6, 1)
+    x = torch.randn(2, 5, 7, 9)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert products(lambda: pointwise_layer(layer, last)) == ["aten::conv2d"]
+    torch.testing.assert_close(pointwise_layer(layer, last), pointwise_layer(layer, x))
+    assert pointwise_layer(layer, last).is_contiguous(memory_format=torch.channels_last)
+    half = pointwise_layer(layer.bfloat16(), x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    layer = layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pointwise_layer(layer, x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Conv2d(4, 6, 1, stride=2),
+        nn.Conv2d(4, 6, 1, padding=1),
+        nn.Conv2d(4, 6, 1, groups=2),
+        nn.Conv2d(4, 6, 1, bias=False),
+        nn.Identity(),
+    ],
+)
+def test_other_layers_are_called(layer):
+    x = torch.randn(2, 4, 5, 6)
+    assert torch.equal(pointwise_layer(layer, x), layer(x))
