@@ -133,6 +133,57 @@ void errors_of(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64
   });
 }
 
+// Sums over columns; the map is in cache, so that many rows at once cost nothing.
+template <class T, class A, bool kTwo>
+void errors_of_rows(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64_t rows, int64_t columns,
+                    const A* const (&weights)[2], A* const (&errors)[2]) {
+  const auto block = [&]<int R>(int64_t r) {
+    const T *const xs = x + r * x_stride, *const ys = y + r * y_stride;
+    Vec<A> sums[2][R] = {};
+    for_columns<A>(columns, [&](int64_t j, int64_t left) {
+      const Vec<A> first = load_columns<A, A>(weights[0] + j, left);
+      const Vec<A> second = kTwo ? load_columns<A, A>(weights[1] + j, left) : Vec<A>{};
+      for (int i = 0; i < R; ++i) {
+        const Vec<A> d =
+            load_columns<T, A>(xs + i * x_stride + j, left) - load_columns<T, A>(ys + i * y_stride + j, left);
+        const Vec<A> square = d * d;
+        sums[0][i] += first * square;
+        if constexpr (kTwo) sums[1][i] += second * square;
+      }
+    });
+    store_lane_sums<A, R>(sums[0], errors[0] + r);
+    if constexpr (kTwo) store_lane_sums<A, R>(sums[1], errors[1] + r);
+  };
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) block.template operator()<kRows>(r);
+  for (; r < rows; ++r) block.template operator()<1>(r);
+}
+
+// Sums over rows, of which kRows share a load and a store of each sum.
+template <class T, class A, bool kTwo>
+void errors_of_columns(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64_t rows,
+                       int64_t columns, const A* const (&weights)[2], A* const (&errors)[2]) {
+  A *const first = errors[0], *const second = errors[1];
+  const auto block = [&]<int R>(int64_t r) {
+    const T *const xs = x + r * x_stride, *const ys = y + r * y_stride;
+    for_columns<A>(columns, [&](int64_t j, int64_t left) {
+      Vec<A> sums[2] = {load_vec(first + j), kTwo ? load_vec(second + j) : Vec<A>{}};
+      for (int i = 0; i < R; ++i) {
+        const Vec<A> d =
+            load_columns<T, A>(xs + i * x_stride + j, left) - load_columns<T, A>(ys + i * y_stride + j, left);
+        const Vec<A> square = d * d;
+        sums[0] += weights[0][r + i] * square;
+        if constexpr (kTwo) sums[1] += weights[1][r + i] * square;
+      }
+      store_vec(first + j, sums[0]);
+      if constexpr (kTwo) store_vec(second + j, sums[1]);
+    });
+  };
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) block.template operator()<kRows>(r);
+  for (; r < rows; ++r) block.template operator()<1>(r);
+}
+
 template <class A>
 inline Vec<A> load_term(const GradientTerms<A>& terms, int t, int64_t j, int64_t left) {
   if (terms.values[t] == nullptr) return Vec<A>{};
@@ -225,6 +276,17 @@ void errors(Dtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, co
 }
 
 template <class A>
+void channel_errors(Dtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, bool pixels_are_rows,
+                    const A* const (&weights)[2], A* const (&errors)[2]) {
+  typed<A>(dtype, x.data, [&]<class T>(const T* xs) {
+    const auto run = pixels_are_rows
+                         ? (weights[1] ? errors_of_columns<T, A, true> : errors_of_columns<T, A, false>)
+                         : (weights[1] ? errors_of_rows<T, A, true> : errors_of_rows<T, A, false>);
+    run(xs, x.row_stride, static_cast<const T*>(y.data), y.row_stride, rows, columns, weights, errors);
+  });
+}
+
+template <class A>
 void gradient(Dtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns,
               const GradientTerms<A>& of_rows, const GradientTerms<A>& of_columns, void* out,
               int64_t out_stride) {
@@ -241,8 +303,8 @@ void gradient(Dtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns,
 extern const AttentionKernels<float> attention_float;
 extern const AttentionKernels<double> attention_double;
 const AttentionKernels<float> attention_float = {pool<float>, pool_pair<float>, errors<float>,
-                                                 gradient<float>};
+                                                 channel_errors<float>, gradient<float>};
 const AttentionKernels<double> attention_double = {pool<double>, pool_pair<double>, errors<double>,
-                                                   gradient<double>};
+                                                   channel_errors<double>, gradient<double>};
 
 }  // namespace kd::KD_ISA
