@@ -23,9 +23,9 @@ void in_place(Tensor& out, const F& f) {
   torch::stable::copy_(out, written);
 }
 
-// pixels [B, P], channels [B, C]. Rows are written one after the other, which page faults and prefetchers like
-// best; nothing is summed here. From the last row to the first: what the forward has just read last is still in
-// cache.
+// pixels [B, P], channels [B, C]. Rows are written one after the other, which page faults and prefetchers
+// like best; nothing is summed here. From the last row to the first: what the forward has just read last is
+// still in cache.
 template <class A>
 void write_gradient(const Shape& s, Dtype dtype, const Map& x, const Map& y, const GradientTerms<A>& pixels,
                     const GradientTerms<A>& channels, const Map& to) {

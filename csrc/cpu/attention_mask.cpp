@@ -1,12 +1,11 @@
 // Op attention_mask on the CPU: pooling, masks and masked errors. Formulas:
 // kdfast/reference/attention_mask.py.
 //
-// The masked error waits for the pooled maps, whose weights it has. The pass that pools sums all of it that does
-// not wait, so that no other pass is needed: over channels, where those have no weights; else over pixels, under
-// weights that lack a factor (ChannelErrors).
+// The masked error waits for the pooled maps, whose weights it has. The pass that pools sums all of it that
+// does not wait, so that no other pass is needed: over channels, where those have no weights; else over
+// pixels, under weights that lack a factor (ChannelErrors).
 
 #include <cmath>
-#include <memory>
 #include <numeric>
 
 #include "common/gradient.h"
@@ -33,20 +32,6 @@ struct Settings {
   bool softmax_of_sum, channel_mask, with_signed, through, pairs;
 };
 
-// Memory for a while, in which a pointer that is given already takes no part.
-template <class A>
-class Scratch {
- public:
-  A* operator()(A* given, int64_t count) {
-    if (given) return given;
-    blocks_.emplace_back(new A[count]);
-    return blocks_.back().get();
-  }
-
- private:
-  std::vector<std::unique_ptr<A[]>> blocks_;
-};
-
 template <class A>
 void subtract(const A* x, const A* y, int64_t count, A* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = x[i] - y[i];
@@ -54,8 +39,8 @@ void subtract(const A* x, const A* y, int64_t count, A* out) {
 
 template <class A>
 void forward(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& adapted,
-             const Settings& set, A* loss, A* terms, A* spatial, A* channel, A* spatial_mask,
-             A* channel_mask) {
+             const Settings& set, Scratch<A>& scratch, A* loss, A* terms, A* spatial, A* channel,
+             A* spatial_mask, A* channel_mask) {
   const Shape s(student);
   const Dtype dtype = dtype_of(student.scalar_type(), "student");
   const Map x(student, s), y(teacher, s), z = adapted.has_value() ? Map(*adapted, s) : x;
@@ -66,9 +51,8 @@ void forward(const Tensor& student, const Tensor& teacher, const std::optional<T
   const bool keeps_absolute = set.pairs && (!set.with_signed || set.through);
   const bool channels_used = set.channel_mask || !set.with_signed;
   const int64_t last = set.with_signed && set.through ? 2 : 0;  // maps before those that L_AT compares
-  Scratch<A> scratch;
   std::optional<ChannelErrors<A>> weighted;
-  if (at_once && set.channel_mask) weighted.emplace(s, scale, set.softmax_of_sum);
+  if (at_once && set.channel_mask) weighted.emplace(s, scale, set.softmax_of_sum, scratch);
 
   // Means of |student| and |teacher| (0, 1), and of student and teacher, or of their difference (2, 3).
   A* const absolute = keeps_absolute ? spatial : nullptr;
@@ -127,8 +111,8 @@ void forward(const Tensor& student, const Tensor& teacher, const std::optional<T
   const auto sum = [](const std::vector<double>& v) { return std::accumulate(v.begin(), v.end(), 0.0); };
   const double error = at_once ? sum(errors)
                                : masked_error<A>(s, dtype, z, y, spatial_mask, channel_mask,
-                                                  set.through ? spatial_mask + pixels : nullptr,
-                                                  set.through ? channel_mask + channels : nullptr);
+                                                 set.through ? spatial_mask + pixels : nullptr,
+                                                 set.through ? channel_mask + channels : nullptr);
   const double distances[3] = {std::sqrt(sum(transfers[0])), std::sqrt(sum(transfers[1])), std::sqrt(error)};
   const double weights[3] = {set.transfer_weight, set.transfer_weight, set.masked_weight};
   double total = 0;
@@ -181,31 +165,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_mask_cpu(
                           channel_mask, with_signed,     through,       pairs};
   with_accumulator(student, [&](auto zero) {
     using A = decltype(zero);
-    forward<A>(student, teacher, adapted, settings, data<A>(loss), data<A>(terms), data<A>(spatial),
+    Scratch<A> scratch;
+    forward<A>(student, teacher, adapted, settings, scratch, data<A>(loss), data<A>(terms), data<A>(spatial),
                data<A>(channel), data<A>(spatial_weights), data<A>(channel_weights));
   });
   return {loss, terms, spatial, channel, spatial_weights, channel_weights};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_mask_with_gradient_cpu(
-    const Tensor& student, const Tensor& teacher, double temperature, double transfer_weight,
-    double masked_weight, bool softmax_of_sum, bool channel_mask, bool with_signed) {
+std::tuple<Tensor, Tensor, Tensor> attention_mask_with_gradient_cpu(const Tensor& student,
+                                                                    const Tensor& teacher, double temperature,
+                                                                    double transfer_weight,
+                                                                    double masked_weight, bool softmax_of_sum,
+                                                                    bool channel_mask, bool with_signed) {
   check_map(student, "student");
   check_same(student, teacher, "student and teacher");
   // First of all, so that it finds the memory that the gradient before it had.
-  Tensor gradient = new_gradient(student), loss = empty(student, {}), terms = empty(student, {2, 3});
+  Tensor gradient = new_gradient(student);
+  const HugePages pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
+  Tensor loss = empty(student, {}), terms = empty(student, {2, 3});
   const Settings settings{temperature,  transfer_weight, masked_weight, softmax_of_sum,
                           channel_mask, with_signed,     false,         false};
   with_accumulator(student, [&](auto zero) {
     using A = decltype(zero);
     const int64_t pixels = student.size(0) * student.size(2) * student.size(3),
                   channels = student.size(0) * student.size(1);
-    Scratch<A> scratch;
+    // What the gradient does not wait for lies in its own memory, until it is written.
+    Scratch<A> scratch, before(gradient.data_ptr(), gradient.numel() * gradient.element_size());
     A *const spatial = scratch(nullptr, pixels), *const channel = scratch(nullptr, channels),
-      *const spatial_mask = scratch(nullptr, pixels), *const channel_weights = scratch(nullptr, channels);
+             *const spatial_mask = scratch(nullptr, pixels),
+             *const channel_weights = scratch(nullptr, channels);
     A* const found = data<A>(terms);
-    forward<A>(student, teacher, std::nullopt, settings, data<A>(loss), found, spatial, channel, spatial_mask,
-               channel_weights);
+    forward<A>(student, teacher, std::nullopt, settings, before, data<A>(loss), found, spatial, channel,
+               spatial_mask, channel_weights);
     const A per_channel = A(1) / static_cast<A>(student.size(1)),
             per_pixel = A(1) / static_cast<A>(student.size(2) * student.size(3));
     GradientTerms<A> of_pixels = {{}, {A(0), A(0), found[5]}}, of_channels = {{}, {A(0), A(0), A(1)}};

@@ -48,8 +48,8 @@ struct AttentionKernels {
   // unless null.
   void (*errors)(Dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* row_weights,
                  const A* column_weights, A* row_errors, A* column_errors);
-  // d = x - y under one weight of each pixel, or two (the second null: one); errors[k] are sums over pixels of
-  // weights[k] * d^2, one per channel. Where pixels are columns: errors[k] [rows] =; where they are rows:
+  // d = x - y under one weight of each pixel, or two (the second null: one); errors[k] are sums over pixels
+  // of weights[k] * d^2, one per channel. Where pixels are columns: errors[k] [rows] =; where they are rows:
   // errors[k] [columns] +=.
   void (*channel_errors)(Dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, bool pixels_are_rows,
                          const A* const (&weights)[2], A* const (&errors)[2]);

@@ -1,7 +1,7 @@
 // The passes of the op attention_mask over its maps. Where rows lie apart, each works on blocks of kRows
 // rows, so that what belongs to a column is loaded and stored once per block, and the sums over rows are
-// short trees. Bytes per element (e: its size): pool e, errors 2e, gradient 3e; some 5 to 15 operations, so
-// that memory is the limit.
+// short trees. Bytes per element (e: its size): pool e, pool_pair and errors 2e, gradient 3e; some 5 to 15
+// operations, so that memory is the limit, and in cache the additions.
 
 #include "cpu/attention_mask.h"
 
@@ -81,8 +81,14 @@ void pool_pair_of(const T* x, int64_t x_stride, const T* y, int64_t y_stride, in
   for (int k = 0; k < kKinds; ++k) of_columns[k] = to.columns[k];
   for_row_blocks(rows, x_stride * static_cast<int64_t>(sizeof(T)), [&]<int R>(int64_t r) {
     const T *const xs = x + r * x_stride, *const ys = y + r * y_stride;
+    // The next block's columns are asked for beside this one's: rows are too short for the prefetcher alone.
+    const int64_t ahead = R > 1 && r + 2 * R <= rows ? R : 0;
     Vec<A> sums[kKinds][R] = {};
     for_columns<A>(columns, [&](int64_t j, int64_t left) {
+      for (int i = 0; i < R && R > 1; ++i) {
+        __builtin_prefetch(xs + (ahead + i) * x_stride + j);
+        __builtin_prefetch(ys + (ahead + i) * y_stride + j);
+      }
       Vec<A> v[kKinds][R];
       for (int i = 0; i < R; ++i) {
         const Vec<A> a = load_columns<T, A>(xs + i * x_stride + j, left);

@@ -7,13 +7,14 @@
 // over the chunks in order.
 
 #include <cmath>
+#include <memory>
 
 #include "cpu/attention_map.h"
 
 namespace kd::attention {
 
-constexpr int64_t kSteps = 64;  // pixels whose channels_last rows are added at once: more lose digits
-constexpr int64_t kBlockPixels = 512;  // of all channels of NCHW maps, to stay in cache between two reads
+constexpr int64_t kSteps = 64;          // pixels whose channels_last rows are added at once: more lose digits
+constexpr int64_t kBlockPixels = 1024;  // of all channels of NCHW maps, to stay in cache between two reads
 
 // Divides: a product could be fused with a subtraction, and equal maps would then differ.
 template <class A>
@@ -76,19 +77,47 @@ void pool_map(const Shape& s, Dtype dtype, const Map& x, const Sums<A>& absolute
   });
 }
 
+// Memory for a while: of the block that is given, as far as it goes, then its own. A pointer that is given
+// already takes no part.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(void* block = nullptr, int64_t bytes = 0)
+      : next_(static_cast<A*>(block)), left_(bytes / static_cast<int64_t>(sizeof(A))) {}
+  A* operator()(A* given, int64_t count) {
+    if (given) return given;
+    if (count <= left_) {
+      A* const found = next_;
+      next_ += count, left_ -= count;
+      return found;
+    }
+    blocks_.emplace_back(new A[count]);
+    return blocks_.back().get();
+  }
+
+ private:
+  A* next_;
+  int64_t left_;
+  std::vector<std::unique_ptr<A[]>> blocks_;
+};
+
 // The masked error of both maps in the pass that pools them: of every chunk, sums over its pixels of
-// e (x - y)^2, with e = exp((G - most) / T) and `most` the largest attention G of the chunk, under student's and
-// teacher's attention or under their sum. What is missing to a mask, its softmax's divisor and the weights of
-// channels, are factors of these sums.
+// e (x - y)^2, with e = exp((G - most) / T) and `most` the largest attention G of the chunk, under student's
+// and teacher's attention or under their sum. What is missing to a mask, its softmax's divisor and the
+// weights of channels, are factors of these sums.
 template <class A>
 struct ChannelErrors {
   A scale;  // 1 / T
   bool softmax_of_sum;
-  std::vector<A> parts[2];                // [B, chunks, C]
+  A* parts[2];                            // [B, chunks, C]
   std::vector<SoftmaxTerms<A>> terms[2];  // [B, chunks]
 
-  ChannelErrors(const Shape& s, A scale, bool softmax_of_sum) : scale(scale), softmax_of_sum(softmax_of_sum) {
-    for (int k = 0; k < count(); ++k) parts[k].resize(s.tasks() * s.channels), terms[k].resize(s.tasks());
+  ChannelErrors(const Shape& s, A scale, bool softmax_of_sum, Scratch<A>& scratch)
+      : scale(scale), softmax_of_sum(softmax_of_sum) {
+    for (int k = 0; k < count(); ++k) {
+      parts[k] = scratch(nullptr, s.tasks() * s.channels);
+      terms[k].resize(s.tasks());
+    }
   }
   int count() const { return softmax_of_sum ? 1 : 2; }
 
@@ -101,7 +130,7 @@ struct ChannelErrors {
       for (int64_t i = 1; i < s.chunks; ++i) most = larger(most, own[i].most);
       double total = 0, sum = 0;
       for (int64_t i = 0; i < s.chunks; ++i) {
-        const A* const errors = parts[k].data() + (image * s.chunks + i) * s.channels;
+        const A* const errors = parts[k] + (image * s.chunks + i) * s.channels;
         const double share = std::exp(static_cast<double>((own[i].most - most) * scale));
         double weighted = 0;
         for (int64_t c = 0; c < s.channels; ++c) weighted += static_cast<double>(channel_mask[c]) * errors[c];
@@ -119,7 +148,8 @@ template <class A>
 class BlockErrors {
  public:
   BlockErrors(const Shape& s, int64_t block)
-      : shape_(s), weights_{std::vector<A>(padded(block)), std::vector<A>(padded(block))},
+      : shape_(s),
+        weights_{std::vector<A>(padded(block)), std::vector<A>(padded(block))},
         errors_{std::vector<A>(padded(s.channels)), std::vector<A>(padded(s.channels))} {}
 
   void add(ChannelErrors<A>& to, int64_t task, bool first, Dtype dtype, MapTile x, MapTile y, int64_t pixels,
@@ -135,7 +165,7 @@ class BlockErrors {
         dtype, x, y, planar ? shape_.channels : pixels, planar ? pixels : shape_.channels, !planar,
         {weights_[0].data(), two ? weights_[1].data() : nullptr}, {errors_[0].data(), errors_[1].data()});
     for (int k = 0; k < to.count(); ++k) {
-      A* const parts = to.parts[k].data() + task * shape_.channels;
+      A* const parts = to.parts[k] + task * shape_.channels;
       SoftmaxTerms<A>& terms = to.terms[k][task];
       if (first) {
         std::copy_n(errors_[k].data(), shape_.channels, parts);
@@ -163,14 +193,17 @@ void pool_pair(const Shape& s, Dtype dtype, const Map& x, const Map& y, const Su
   const int64_t block = std::min(s.chunk, !s.planar ? kSteps : errors ? kBlockPixels : s.chunk);
   const int64_t row_count = padded(s.planar ? s.channels : block),
                 column_count = padded(s.planar ? block : s.channels);
+  int64_t kinds = 0;
+  for (const Sums<A>& sums : to) kinds += sums.parts || sums.spatial;
   for_chunks(s, [&](int64_t begin, int64_t end) {
-    std::vector<A> memory(kKinds * (row_count + column_count));
-    A *const rows = memory.data(), *const columns = rows + kKinds * row_count;
+    std::vector<A> memory(kinds * (row_count + column_count));
+    A *const columns = memory.data(), *row = columns + kinds * column_count, *column = columns;
     PairSums<A> sums = {};
     for (int k = 0; k < kKinds; ++k) {
-      const bool of_rows = s.planar ? to[k].parts : to[k].spatial, of_columns = s.planar ? to[k].spatial : to[k].parts;
-      sums.rows[k] = of_rows ? rows + k * row_count : nullptr;
-      sums.columns[k] = of_columns ? columns + k * column_count : nullptr;
+      if (!to[k].parts && !to[k].spatial) continue;
+      if (s.planar ? to[k].parts : to[k].spatial) sums.rows[k] = row;
+      if (s.planar ? to[k].spatial : to[k].parts) sums.columns[k] = column;
+      row += row_count, column += column_count;
     }
     std::optional<BlockErrors<A>> block_errors;
     if (errors) block_errors.emplace(s, block);
@@ -183,13 +216,15 @@ void pool_pair(const Shape& s, Dtype dtype, const Map& x, const Map& y, const Su
       for (int64_t first = 0; first < c.count; first += block) {
         const int64_t count = std::min(block, c.count - first), at = c.image * s.pixels + c.first + first;
         const MapTile tile_x = x.tile(c.image, c.first + first), tile_y = y.tile(c.image, c.first + first);
-        std::fill_n(columns, kKinds * column_count, A(0));
+        std::fill_n(columns, kinds * column_count, A(0));
         kernels<A>().pool_pair(dtype, tile_x, tile_y, s.planar ? s.channels : count,
                                s.planar ? count : s.channels, sums);
         for (int k = 0; k < kKinds; ++k) {
-          const A *const pixels = s.planar ? sums.columns[k] : sums.rows[k],
-                  *const channels = s.planar ? sums.rows[k] : sums.columns[k];
-          if (to[k].spatial) put(to[k].spatial + at, pixels, count, k < 3 ? static_cast<A>(s.channels) : A(1));
+          const A *const pixels = s.planar ? sums.columns[k] : sums.rows[k], *const channels =
+                                                                                 s.planar ? sums.rows[k]
+                                                                                          : sums.columns[k];
+          if (to[k].spatial)
+            put(to[k].spatial + at, pixels, count, k < 3 ? static_cast<A>(s.channels) : A(1));
           if (to[k].parts) add(to[k].parts + part, channels, s.channels);
         }
         if (errors) {

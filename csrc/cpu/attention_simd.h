@@ -47,8 +47,8 @@ inline A lane_sum(const Vec<A>& v) {
   return parts[0];
 }
 
-// The first `count` values of a row, fewer than a vector has, and 0 for the others; to memory, those only. An odd
-// width meets one in every row: by way of memory they would cost as much as ten whole vectors.
+// The first `count` values of a row, fewer than a vector has, and 0 for the others; to memory, those only. An
+// odd width meets one in every row: by way of memory they would cost as much as ten whole vectors.
 #if defined(__AVX512F__)
 inline uint32_t first_lanes(int64_t count) { return (1u << count) - 1; }
 inline Vec<float> load_part(const float* from, int64_t count) {
