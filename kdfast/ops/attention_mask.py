@@ -45,7 +45,11 @@ def _fake(student, teacher, adapted, *settings):
 
 def _fake_with_gradient(student, teacher, *settings):
     dtype = accumulator(student, teacher)
-    return student.new_empty((), dtype=dtype), student.new_empty((2, 3), dtype=dtype), torch.empty_like(student)
+    return (
+        student.new_empty((), dtype=dtype),
+        student.new_empty((2, 3), dtype=dtype),
+        torch.empty_like(student),
+    )
 
 
 def _fake_distance(x, y, spatial_mask, channel_mask):
