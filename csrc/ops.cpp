@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("affinity_backward", TORCH_BOX(&kd::affinity_backward_cpu));
   m.impl("attention_mask", TORCH_BOX(&kd::attention_mask_cpu));
   m.impl("attention_mask_backward", TORCH_BOX(&kd::attention_mask_backward_cpu));
+  m.impl("attention_mask_with_gradient", TORCH_BOX(&kd::attention_mask_with_gradient_cpu));
   m.impl("attention_pool", TORCH_BOX(&kd::attention_pool_cpu));
   m.impl("masked_distance", TORCH_BOX(&kd::masked_distance_cpu));
   m.impl("criss_cross", TORCH_BOX(&kd::criss_cross_cpu));

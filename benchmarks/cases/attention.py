@@ -37,12 +37,15 @@ def published(student: Tensor, teacher: Tensor, preset: str, layer: nn.Module | 
     error = (adapted - teacher) ** 2 * (sum(spatial) / 2).detach()
     if settings.get("channel_mask", True):
         error = error * (sum(channel) / 2).detach()
-    pooled = [student.mean(1, keepdim=True), student.mean((2, 3))]
-    if layer is not None:
-        pooled = [layer.spatial(pooled[0]), layer.channel(pooled[1])]
-    transfer = torch.dist(pooled[0], teacher.mean(1, keepdim=True)) + torch.dist(
-        pooled[1], teacher.mean((2, 3))
+    own, others = (
+        [v.mean(1, keepdim=True), v.mean((2, 3))]
+        for v in (
+            (student, teacher) if settings.get("pooling") == "signed" else (student.abs(), teacher.abs())
+        )
     )
+    if layer is not None:
+        own = [layer.spatial(own[0]), layer.channel(own[1])]
+    transfer = sum(torch.dist(a, b) for a, b in zip(own, others, strict=True))
     return settings["transfer_weight"] * transfer + settings["masked_weight"] * error.sum() ** 0.5
 
 
@@ -61,9 +64,9 @@ def _case(preset: str, batch: int, stride: int, dtype: torch.dtype, channels_las
             memory_format=torch.channels_last if channels_last else torch.contiguous_format,
             relu=False,
         ),
-        # Both maps once for their pooled attention, once more for the masked error where it waits for a channel mask;
-        # both again and a gradient backward.
-        bytes=(7 if settings.get("channel_mask", True) else 5) * elements * dtype.itemsize,
+        # Both maps once for their pooled attention and the sums that the masked error is made of, both again and the
+        # gradient written. (By the formula taken step by step, the error reads both maps once more.)
+        bytes=5 * elements * dtype.itemsize,
         flops=25 * elements,
         dtype=dtype,
         layout="channels_last" if channels_last else "contiguous",
@@ -71,7 +74,7 @@ def _case(preset: str, batch: int, stride: int, dtype: torch.dtype, channels_las
         baselines={"naive": Baseline(lambda s, t: published(s, t, preset), memory=8 * 4 * elements)},
         memory=10 * 4 * elements,
         # At T = 0.5 the gate holds without it.
-        conditioning=LARGEST_ATTENTION / settings["temperature"] if preset == "one_stage" else 1.0,
+        conditioning=LARGEST_ATTENTION / settings["temperature"] if settings["temperature"] < 0.5 else 1.0,
     )
 
 
@@ -81,5 +84,10 @@ def cases() -> list[Case]:
     found += [_case("one_stage", 2, stride, f32) for stride in SIZES]
     found += [_case("two_stage", 2, stride, f32, channels_last=True) for stride in SIZES]
     found += [_case("two_stage", 2, stride, bf16) for stride in SIZES]
+    found += [_case(preset, 2, 16, f32) for preset in PRESETS if preset.startswith("paper")]
+    found += [_case("one_stage", 2, 16, f32, channels_last=True)]
+    found += [
+        _case("two_stage", batch, stride, f32, channels_last=True) for batch in (4, 8) for stride in SIZES
+    ]
     found += [_case("two_stage", 8, 16, bf16, channels_last=True)]
     return found

@@ -1,13 +1,15 @@
 // Op attention_mask on the CPU: pooling, masks and masked errors. Formulas:
 // kdfast/reference/attention_mask.py.
 //
-// The masked error waits for the pooled maps, whose weights it has. Where channels have no weights, it is
-// summed over channels in the pass that pools, and weighted pixel by pixel afterwards.
+// The masked error waits for the pooled maps, whose weights it has. The pass that pools sums all of it that
+// does not wait, so that no other pass is needed: over channels, where those have no weights; else over
+// pixels, under weights that lack a factor (ChannelErrors).
 
 #include <cmath>
-#include <memory>
 #include <numeric>
 
+#include "common/gradient.h"
+#include "cpu/attention_gradient.h"
 #include "cpu/attention_passes.h"
 
 namespace kd {
@@ -30,20 +32,6 @@ struct Settings {
   bool softmax_of_sum, channel_mask, with_signed, through, pairs;
 };
 
-// Memory for a while, in which a pointer that is given already takes no part.
-template <class A>
-class Scratch {
- public:
-  A* operator()(A* given, int64_t count) {
-    if (given) return given;
-    blocks_.emplace_back(new A[count]);
-    return blocks_.back().get();
-  }
-
- private:
-  std::vector<std::unique_ptr<A[]>> blocks_;
-};
-
 template <class A>
 void subtract(const A* x, const A* y, int64_t count, A* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = x[i] - y[i];
@@ -51,18 +39,20 @@ void subtract(const A* x, const A* y, int64_t count, A* out) {
 
 template <class A>
 void forward(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& adapted,
-             const Settings& set, A* loss, A* terms, A* spatial, A* channel, A* spatial_mask,
-             A* channel_mask) {
+             const Settings& set, Scratch<A>& scratch, A* loss, A* terms, A* spatial, A* channel,
+             A* spatial_mask, A* channel_mask) {
   const Shape s(student);
   const Dtype dtype = dtype_of(student.scalar_type(), "student");
   const Map x(student, s), y(teacher, s), z = adapted.has_value() ? Map(*adapted, s) : x;
   const int64_t pixels = s.batch * s.pixels, channels = s.batch * s.channels, tasks = s.tasks() * s.channels;
   // Both maps at once, where L_AT needs their difference only and L_AM compares them.
   const bool at_once = !set.pairs && !adapted.has_value(), one_pass = at_once && !set.channel_mask;
+  const auto scale = static_cast<A>(1 / set.temperature);
   const bool keeps_absolute = set.pairs && (!set.with_signed || set.through);
   const bool channels_used = set.channel_mask || !set.with_signed;
   const int64_t last = set.with_signed && set.through ? 2 : 0;  // maps before those that L_AT compares
-  Scratch<A> scratch;
+  std::optional<ChannelErrors<A>> weighted;
+  if (at_once && set.channel_mask) weighted.emplace(s, scale, set.softmax_of_sum, scratch);
 
   // Means of |student| and |teacher| (0, 1), and of student and teacher, or of their difference (2, 3).
   A* const absolute = keeps_absolute ? spatial : nullptr;
@@ -75,7 +65,8 @@ void forward(const Tensor& student, const Tensor& teacher, const std::optional<T
     means[m] = {scratch(kept, pixels), scratch(nullptr, tasks)};
   }
   if (at_once) {
-    pool_pair<A>(s, dtype, x, y, {means[0], means[1], means[2], {one_pass ? spatial_mask : nullptr}});
+    pool_pair<A>(s, dtype, x, y, {means[0], means[1], means[2], {one_pass ? spatial_mask : nullptr}},
+                 weighted ? &*weighted : nullptr);
   } else {
     pool_map<A>(s, dtype, x, means[0], means[2]);
     pool_map<A>(s, dtype, y, means[1], means[3]);
@@ -96,7 +87,6 @@ void forward(const Tensor& student, const Tensor& teacher, const std::optional<T
   // Of every image: its masked error, and the squares of what L_AT compares.
   std::vector<double> errors(s.batch), transfers[2] = {errors, errors};
   parallel_for(0, s.batch, images_per_task(s.pixels), [&](int64_t begin, int64_t end) {
-    const auto scale = static_cast<A>(1 / set.temperature);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t p = b * s.pixels, c = b * s.channels;
       A *const to = spatial_mask + p, *const to_channels = channel_mask + c;
@@ -105,6 +95,7 @@ void forward(const Tensor& student, const Tensor& teacher, const std::optional<T
       if (set.channel_mask) {
         mask_kernels<A>().mask(of_channels[0] + c, of_channels[1] + c, s.channels, scale, set.softmax_of_sum,
                                nullptr, to_channels);
+        if (weighted) errors[b] = weighted->of_image(s, b, to_channels);
       } else {
         std::fill_n(to_channels, s.channels, A(1));
       }
@@ -118,10 +109,10 @@ void forward(const Tensor& student, const Tensor& teacher, const std::optional<T
     }
   });
   const auto sum = [](const std::vector<double>& v) { return std::accumulate(v.begin(), v.end(), 0.0); };
-  const double error = one_pass ? sum(errors)
-                                : masked_error<A>(s, dtype, z, y, spatial_mask, channel_mask,
-                                                  set.through ? spatial_mask + pixels : nullptr,
-                                                  set.through ? channel_mask + channels : nullptr);
+  const double error = at_once ? sum(errors)
+                               : masked_error<A>(s, dtype, z, y, spatial_mask, channel_mask,
+                                                 set.through ? spatial_mask + pixels : nullptr,
+                                                 set.through ? channel_mask + channels : nullptr);
   const double distances[3] = {std::sqrt(sum(transfers[0])), std::sqrt(sum(transfers[1])), std::sqrt(error)};
   const double weights[3] = {set.transfer_weight, set.transfer_weight, set.masked_weight};
   double total = 0;
@@ -174,10 +165,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_mask_cpu(
                           channel_mask, with_signed,     through,       pairs};
   with_accumulator(student, [&](auto zero) {
     using A = decltype(zero);
-    forward<A>(student, teacher, adapted, settings, data<A>(loss), data<A>(terms), data<A>(spatial),
+    Scratch<A> scratch;
+    forward<A>(student, teacher, adapted, settings, scratch, data<A>(loss), data<A>(terms), data<A>(spatial),
                data<A>(channel), data<A>(spatial_weights), data<A>(channel_weights));
   });
   return {loss, terms, spatial, channel, spatial_weights, channel_weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_mask_with_gradient_cpu(const Tensor& student,
+                                                                    const Tensor& teacher, double temperature,
+                                                                    double transfer_weight,
+                                                                    double masked_weight, bool softmax_of_sum,
+                                                                    bool channel_mask, bool with_signed) {
+  check_map(student, "student");
+  check_same(student, teacher, "student and teacher");
+  // First of all, so that it finds the memory that the gradient before it had.
+  Tensor gradient = new_gradient(student);
+  const HugePages pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
+  Tensor loss = empty(student, {}), terms = empty(student, {2, 3});
+  const Settings settings{temperature,  transfer_weight, masked_weight, softmax_of_sum,
+                          channel_mask, with_signed,     false,         false};
+  with_accumulator(student, [&](auto zero) {
+    using A = decltype(zero);
+    const int64_t pixels = student.size(0) * student.size(2) * student.size(3),
+                  channels = student.size(0) * student.size(1);
+    // What the gradient does not wait for lies in its own memory, until it is written.
+    Scratch<A> scratch, before(gradient.data_ptr(), gradient.numel() * gradient.element_size());
+    A *const spatial = scratch(nullptr, pixels), *const channel = scratch(nullptr, channels),
+             *const spatial_mask = scratch(nullptr, pixels),
+             *const channel_weights = scratch(nullptr, channels);
+    A* const found = data<A>(terms);
+    forward<A>(student, teacher, std::nullopt, settings, before, data<A>(loss), found, spatial, channel,
+               spatial_mask, channel_weights);
+    const A per_channel = A(1) / static_cast<A>(student.size(1)),
+            per_pixel = A(1) / static_cast<A>(student.size(2) * student.size(3));
+    GradientTerms<A> of_pixels = {{}, {A(0), A(0), found[5]}}, of_channels = {{}, {A(0), A(0), A(1)}};
+    of_pixels.values[with_signed] = spatial, of_pixels.factors[with_signed] = found[3] * per_channel;
+    of_channels.values[with_signed] = channel, of_channels.factors[with_signed] = found[4] * per_pixel;
+    of_pixels.values[2] = spatial_mask, of_channels.values[2] = channel_weights;
+    in_place(gradient, [&](const Tensor& written) {
+      const Shape s(written);
+      write_gradient<A>(s, dtype_of(student.scalar_type(), "student"), Map(student, s), Map(teacher, s),
+                        of_pixels, of_channels, Map(written, s));
+    });
+  });
+  return {loss, terms, gradient};
 }
 
 Tensor masked_distance_cpu(const Tensor& x, const Tensor& y, const Tensor& spatial_mask,

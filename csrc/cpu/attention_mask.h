@@ -48,10 +48,21 @@ struct AttentionKernels {
   // unless null.
   void (*errors)(Dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, const A* row_weights,
                  const A* column_weights, A* row_errors, A* column_errors);
+  // d = x - y under one weight of each pixel, or two (the second null: one); errors[k] are sums over pixels
+  // of weights[k] * d^2, one per channel. Where pixels are columns: errors[k] [rows] =; where they are rows:
+  // errors[k] [columns] +=.
+  void (*channel_errors)(Dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, bool pixels_are_rows,
+                         const A* const (&weights)[2], A* const (&errors)[2]);
   // out = sign(x) (row_sign + column_sign) + (row_plain + column_plain) + row_weight column_weight (x - y)
   void (*gradient)(Dtype, MapTile x, MapTile y, int64_t rows, int64_t columns,
                    const GradientTerms<A>& of_rows, const GradientTerms<A>& of_columns, void* out,
                    int64_t out_stride);
+};
+
+// Of exp((v - most) * scale): the largest v, and the sum.
+template <class A>
+struct SoftmaxTerms {
+  A most, total;
 };
 
 template <class A>
@@ -60,6 +71,8 @@ struct MaskKernels {
   // multiplies, 0 where that is null. `out` may be any of the inputs.
   double (*mask)(const A* student, const A* teacher, int64_t count, A scale, bool softmax_of_sum,
                  const A* multiplied, A* out);
+  // out [count] = exp((v - most) scale) of v = first (+ second, unless null).
+  SoftmaxTerms<A> (*weights)(const A* first, const A* second, int64_t count, A scale, A* out);
   // Sum of x^2, or of (x - y)^2 unless y is null.
   double (*squares)(const A* x, const A* y, int64_t count);
 };

@@ -1,7 +1,7 @@
 // The passes of the op attention_mask over its maps. Where rows lie apart, each works on blocks of kRows
 // rows, so that what belongs to a column is loaded and stored once per block, and the sums over rows are
-// short trees. Bytes per element (e: its size): pool e, errors 2e, gradient 3e; some 5 to 15 operations, so
-// that memory is the limit.
+// short trees. Bytes per element (e: its size): pool e, pool_pair and errors 2e, gradient 3e; some 5 to 15
+// operations, so that memory is the limit, and in cache the additions.
 
 #include "cpu/attention_mask.h"
 
@@ -81,8 +81,14 @@ void pool_pair_of(const T* x, int64_t x_stride, const T* y, int64_t y_stride, in
   for (int k = 0; k < kKinds; ++k) of_columns[k] = to.columns[k];
   for_row_blocks(rows, x_stride * static_cast<int64_t>(sizeof(T)), [&]<int R>(int64_t r) {
     const T *const xs = x + r * x_stride, *const ys = y + r * y_stride;
+    // The next block's columns are asked for beside this one's: rows are too short for the prefetcher alone.
+    const int64_t ahead = R > 1 && r + 2 * R <= rows ? R : 0;
     Vec<A> sums[kKinds][R] = {};
     for_columns<A>(columns, [&](int64_t j, int64_t left) {
+      for (int i = 0; i < R && R > 1; ++i) {
+        __builtin_prefetch(xs + (ahead + i) * x_stride + j);
+        __builtin_prefetch(ys + (ahead + i) * y_stride + j);
+      }
       Vec<A> v[kKinds][R];
       for (int i = 0; i < R; ++i) {
         const Vec<A> a = load_columns<T, A>(xs + i * x_stride + j, left);
@@ -131,6 +137,57 @@ void errors_of(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64
     });
     store_lane_sums<A, R>(sums, row_errors + r);
   });
+}
+
+// Sums over columns; the map is in cache, so that many rows at once cost nothing.
+template <class T, class A, bool kTwo>
+void errors_of_rows(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64_t rows, int64_t columns,
+                    const A* const (&weights)[2], A* const (&errors)[2]) {
+  const auto block = [&]<int R>(int64_t r) {
+    const T *const xs = x + r * x_stride, *const ys = y + r * y_stride;
+    Vec<A> sums[2][R] = {};
+    for_columns<A>(columns, [&](int64_t j, int64_t left) {
+      const Vec<A> first = load_columns<A, A>(weights[0] + j, left);
+      const Vec<A> second = kTwo ? load_columns<A, A>(weights[1] + j, left) : Vec<A>{};
+      for (int i = 0; i < R; ++i) {
+        const Vec<A> d =
+            load_columns<T, A>(xs + i * x_stride + j, left) - load_columns<T, A>(ys + i * y_stride + j, left);
+        const Vec<A> square = d * d;
+        sums[0][i] += first * square;
+        if constexpr (kTwo) sums[1][i] += second * square;
+      }
+    });
+    store_lane_sums<A, R>(sums[0], errors[0] + r);
+    if constexpr (kTwo) store_lane_sums<A, R>(sums[1], errors[1] + r);
+  };
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) block.template operator()<kRows>(r);
+  for (; r < rows; ++r) block.template operator()<1>(r);
+}
+
+// Sums over rows, of which kRows share a load and a store of each sum.
+template <class T, class A, bool kTwo>
+void errors_of_columns(const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64_t rows,
+                       int64_t columns, const A* const (&weights)[2], A* const (&errors)[2]) {
+  A *const first = errors[0], *const second = errors[1];
+  const auto block = [&]<int R>(int64_t r) {
+    const T *const xs = x + r * x_stride, *const ys = y + r * y_stride;
+    for_columns<A>(columns, [&](int64_t j, int64_t left) {
+      Vec<A> sums[2] = {load_vec(first + j), kTwo ? load_vec(second + j) : Vec<A>{}};
+      for (int i = 0; i < R; ++i) {
+        const Vec<A> d =
+            load_columns<T, A>(xs + i * x_stride + j, left) - load_columns<T, A>(ys + i * y_stride + j, left);
+        const Vec<A> square = d * d;
+        sums[0] += weights[0][r + i] * square;
+        if constexpr (kTwo) sums[1] += weights[1][r + i] * square;
+      }
+      store_vec(first + j, sums[0]);
+      if constexpr (kTwo) store_vec(second + j, sums[1]);
+    });
+  };
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) block.template operator()<kRows>(r);
+  for (; r < rows; ++r) block.template operator()<1>(r);
 }
 
 template <class A>
@@ -225,6 +282,17 @@ void errors(Dtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, co
 }
 
 template <class A>
+void channel_errors(Dtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns, bool pixels_are_rows,
+                    const A* const (&weights)[2], A* const (&errors)[2]) {
+  typed<A>(dtype, x.data, [&]<class T>(const T* xs) {
+    const auto run = pixels_are_rows
+                         ? (weights[1] ? errors_of_columns<T, A, true> : errors_of_columns<T, A, false>)
+                         : (weights[1] ? errors_of_rows<T, A, true> : errors_of_rows<T, A, false>);
+    run(xs, x.row_stride, static_cast<const T*>(y.data), y.row_stride, rows, columns, weights, errors);
+  });
+}
+
+template <class A>
 void gradient(Dtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns,
               const GradientTerms<A>& of_rows, const GradientTerms<A>& of_columns, void* out,
               int64_t out_stride) {
@@ -241,8 +309,8 @@ void gradient(Dtype dtype, MapTile x, MapTile y, int64_t rows, int64_t columns,
 extern const AttentionKernels<float> attention_float;
 extern const AttentionKernels<double> attention_double;
 const AttentionKernels<float> attention_float = {pool<float>, pool_pair<float>, errors<float>,
-                                                 gradient<float>};
+                                                 channel_errors<float>, gradient<float>};
 const AttentionKernels<double> attention_double = {pool<double>, pool_pair<double>, errors<double>,
-                                                   gradient<double>};
+                                                   channel_errors<double>, gradient<double>};
 
 }  // namespace kd::KD_ISA

@@ -2,15 +2,13 @@
 // all its parts. Formulas: kdfast/reference/attention_mask.py.
 
 #include "common/gradient.h"
-#include "cpu/attention_map.h"
+#include "cpu/attention_gradient.h"
 
 namespace kd {
 
 using namespace attention;
 
 namespace {
-
-constexpr int64_t kRowElements = 1 << 14;  // of the rows that one task takes, at least
 
 template <class A>
 struct Parts {
@@ -45,11 +43,7 @@ class Terms {
     }
     found_.values[2] = mask.get(), found_.factors[2] = static_cast<A>(weight);
   }
-  GradientTerms<A> from(int64_t first) const {
-    GradientTerms<A> terms = found_;
-    for (auto& values : terms.values) values = values ? values + first : nullptr;
-    return terms;
-  }
+  const GradientTerms<A>& all() const { return found_; }
 
  private:
   A* sums(int64_t term, int64_t all) {
@@ -62,12 +56,9 @@ class Terms {
   std::vector<A> sums_[2];
 };
 
-// Rows are written one after the other, which page faults and prefetchers like best; nothing is summed here.
 template <class A>
 void backward(const Tensor& x, const Tensor& other, const Parts<A>& parts, bool masked, const Tensor& out) {
   const Shape s(out);
-  const Dtype dtype = dtype_of(x.scalar_type(), "x");
-  const Map xs(x, s), ys(other, s), to(out, s);
   const Small<A> none(std::nullopt, "", 0);
   double scale[3] = {};
   for (int i = 0; i < 3 && parts.terms.get(); ++i) {
@@ -77,18 +68,8 @@ void backward(const Tensor& x, const Tensor& other, const Parts<A>& parts, bool 
                         scale[0], scale[2], s.batch * s.pixels, 1 / static_cast<double>(s.channels)),
       channels(parts, parts.channel, masked ? parts.channel_mask : none, parts.grad_channel, scale[1], 1.0,
                s.batch * s.channels, 1 / static_cast<double>(s.pixels));
-  const int64_t rows = s.planar ? s.channels : s.pixels, columns = s.planar ? s.pixels : s.channels;
-  const Terms<A>&of_rows = s.planar ? channels : pixels, &of_columns = s.planar ? pixels : channels;
-  const int64_t step = std::max<int64_t>(kRowElements / columns / 4, 1) * 4, steps = ceil_div(rows, step);
-  parallel_for(0, s.batch * steps, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / steps, row = task % steps * step;
-      const MapTile tile = to.tile(image, 0, row);
-      kernels<A>().gradient(dtype, xs.tile(image, 0, row), ys.tile(image, 0, row), std::min(step, rows - row),
-                            columns, of_rows.from(image * rows + row), of_columns.from(image * columns),
-                            const_cast<void*>(tile.data), tile.row_stride);
-    }
-  });
+  write_gradient<A>(s, dtype_of(x.scalar_type(), "x"), Map(x, s), Map(other, s), pixels.all(), channels.all(),
+                    Map(out, s));
 }
 
 }  // namespace
@@ -108,6 +89,7 @@ Tensor attention_mask_backward_cpu(const Tensor& x, std::optional<Tensor> other,
   KD_CHECK(given <= 1 + with_signed, "attention_mask_backward: grad_spatial has ", given,
            " kinds of means, at most ", 1 + with_signed, " are compared");
   Tensor out = new_gradient(x);
+  const HugePages pages(out.data_ptr(), out.numel() * out.element_size());
   with_accumulator(x, [&](auto zero) {
     using A = decltype(zero);
     const int64_t pixels = x.size(0) * x.size(2) * x.size(3), channels = x.size(0) * x.size(1);
@@ -123,10 +105,9 @@ Tensor attention_mask_backward_cpu(const Tensor& x, std::optional<Tensor> other,
                          maps,
                          side,
                          with_signed};
-    const bool fits = reads_planar(out) || reads_by_pixel(out);
-    Tensor written = fits ? out : torch::stable::contiguous(out);
-    backward<A>(x, other.value_or(x), parts, other.has_value(), written);
-    if (!fits) torch::stable::copy_(out, written);
+    in_place(out, [&](const Tensor& written) {
+      backward<A>(x, other.value_or(x), parts, other.has_value(), written);
+    });
   });
   return out;
 }

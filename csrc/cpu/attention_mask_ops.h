@@ -16,6 +16,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_mask_cpu(
     double transfer_weight, double masked_weight, bool softmax_of_sum, bool channel_mask, bool with_signed,
     bool through, bool pairs);
 
+std::tuple<Tensor, Tensor, Tensor> attention_mask_with_gradient_cpu(const Tensor& student,
+                                                                    const Tensor& teacher, double temperature,
+                                                                    double transfer_weight,
+                                                                    double masked_weight, bool softmax_of_sum,
+                                                                    bool channel_mask, bool with_signed);
+
 Tensor masked_distance_cpu(const Tensor& x, const Tensor& y, const Tensor& spatial_mask,
                            const Tensor& channel_mask);
 

@@ -33,12 +33,6 @@ inline Vec<double> exponential(const Vec<double>& x) {
   return result;
 }
 
-// Of exp((v - most) * scale) with v = first (+ second): the largest v, and the sum.
-template <class A>
-struct SoftmaxTerms {
-  A most, total;
-};
-
 template <class A>
 inline Vec<A> sum_of(const A* first, const A* second, int64_t i, int64_t left) {
   const Vec<A> v = load_columns<A, A>(first + i, left);
@@ -46,7 +40,7 @@ inline Vec<A> sum_of(const A* first, const A* second, int64_t i, int64_t left) {
 }
 
 template <class A>
-SoftmaxTerms<A> softmax_terms(const A* first, const A* second, int64_t count, A scale) {
+A largest(const A* first, const A* second, int64_t count) {
   Vec<A> mosts = spread(second ? first[0] + second[0] : first[0]);
   for_columns<A>(count, [&](int64_t i, int64_t left) {
     if (left < kLanes<A>) {
@@ -61,11 +55,19 @@ SoftmaxTerms<A> softmax_terms(const A* first, const A* second, int64_t count, A 
   });
   A most = mosts[0];
   for (int i = 1; i < kLanes<A>; ++i) most = mosts[i] > most || mosts[i] != mosts[i] ? mosts[i] : most;
+  return most;
+}
+
+// Of exp((v - most) * scale) with v = first (+ second), which goes to `out` unless that is null.
+template <class A>
+SoftmaxTerms<A> softmax_terms(const A* first, const A* second, int64_t count, A scale, A* out) {
+  const A most = largest(first, second, count);
   Vec<A> total = {};
   for_columns<A>(count, [&](int64_t i, int64_t left) {
     Vec<A> e = exponential((sum_of(first, second, i, left) - most) * scale);
     for (int64_t lane = left; lane < kLanes<A>; ++lane) e[lane] = 0;
     total += e;
+    if (out) store_columns<A, A>(out + i, e, left);
   });
   return {most, lane_sum<A>(total)};
 }
@@ -76,8 +78,8 @@ double mask(const A* student, const A* teacher, int64_t count, A scale, bool sof
   constexpr int64_t kBlock = 1024;  // whose sum stays in the accumulator's type
   const A size = static_cast<A>(count);
   const A* const added = softmax_of_sum ? teacher : nullptr;
-  const SoftmaxTerms<A> s = softmax_terms<A>(student, added, count, scale);
-  const SoftmaxTerms<A> t = softmax_of_sum ? s : softmax_terms<A>(teacher, nullptr, count, scale);
+  const SoftmaxTerms<A> s = softmax_terms<A>(student, added, count, scale, nullptr);
+  const SoftmaxTerms<A> t = softmax_of_sum ? s : softmax_terms<A>(teacher, nullptr, count, scale, nullptr);
   const A share_s = (softmax_of_sum ? size : size / 2) / s.total, share_t = size / 2 / t.total;
   double sum = 0;
   for (int64_t first = 0; first < count; first += kBlock) {
@@ -115,7 +117,7 @@ double squares(const A* x, const A* y, int64_t count) {
 
 extern const MaskKernels<float> mask_float;
 extern const MaskKernels<double> mask_double;
-const MaskKernels<float> mask_float = {mask<float>, squares<float>};
-const MaskKernels<double> mask_double = {mask<double>, squares<double>};
+const MaskKernels<float> mask_float = {mask<float>, softmax_terms<float>, squares<float>};
+const MaskKernels<double> mask_double = {mask<double>, softmax_terms<double>, squares<double>};
 
 }  // namespace kd::KD_ISA

@@ -47,7 +47,55 @@ inline A lane_sum(const Vec<A>& v) {
   return parts[0];
 }
 
-// The first `count` values of a row, the others 0.
+// The first `count` values of a row, fewer than a vector has, and 0 for the others; to memory, those only. An
+// odd width meets one in every row: by way of memory they would cost as much as ten whole vectors.
+#if defined(__AVX512F__)
+inline uint32_t first_lanes(int64_t count) { return (1u << count) - 1; }
+inline Vec<float> load_part(const float* from, int64_t count) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(first_lanes(count), from);
+}
+inline Vec<double> load_part(const double* from, int64_t count) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(first_lanes(count), from);
+}
+inline Vec<float> load_part(const BFloat16* from, int64_t count) {
+  const Shorts bits = (Shorts)_mm256_maskz_loadu_epi16(first_lanes(count), from);
+  return (Vec<float>)(__builtin_convertvector(bits, Bits<float>) << 16);
+}
+inline Vec<float> load_part(const Half* from, int64_t count) {
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+}
+inline void store_part(float* to, const Vec<float>& v, int64_t count) {
+  _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)v);
+}
+inline void store_part(double* to, const Vec<double>& v, int64_t count) {
+  _mm512_mask_storeu_pd(to, first_lanes(count), (__m512d)v);
+}
+#elif defined(__AVX2__)
+inline __m256i first_floats(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i first_doubles(int64_t count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline Vec<float> load_part(const float* from, int64_t count) {
+  return (Vec<float>)_mm256_maskload_ps(from, first_floats(count));
+}
+inline Vec<double> load_part(const double* from, int64_t count) {
+  return (Vec<double>)_mm256_maskload_pd(from, first_doubles(count));
+}
+inline void store_part(float* to, const Vec<float>& v, int64_t count) {
+  _mm256_maskstore_ps(to, first_floats(count), (__m256)v);
+}
+inline void store_part(double* to, const Vec<double>& v, int64_t count) {
+  _mm256_maskstore_pd(to, first_doubles(count), (__m256d)v);
+}
+#endif
+template <class T, class A>
+concept HasParts = requires(T* memory, Vec<A> v) { v = load_part(memory, 1); };
+template <class T, class A>
+concept StoresParts = requires(T* memory, Vec<A> v) { store_part(memory, v, 1); };
+
 template <class T, class A>
 inline Vec<A> load_columns(const T* from, int64_t count) {
   if (count >= kLanes<A>) {
@@ -70,9 +118,13 @@ inline Vec<A> load_columns(const T* from, int64_t count) {
       return load_vec(wide);
     }
   }
-  A wide[kLanes<A>] = {};
-  convert(from, wide, count);
-  return load_vec(wide);
+  if constexpr (HasParts<T, A>) {
+    return load_part(from, count);
+  } else {
+    A wide[kLanes<A>] = {};
+    convert(from, wide, count);
+    return load_vec(wide);
+  }
 }
 
 template <class T, class A>
@@ -91,6 +143,10 @@ inline void store_columns(T* to, const Vec<A>& v, int64_t count) {
       __builtin_memcpy(to, &narrow, sizeof narrow);
       return;
     }
+  }
+  if constexpr (StoresParts<T, A>) {
+    store_part(to, v, count);
+    return;
   }
   A wide[kLanes<A>];
   store_vec(wide, v);

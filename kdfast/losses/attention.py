@@ -107,7 +107,7 @@ class AttentionGuidedLoss(Loss):
 
     Shape: student [B, C, H, W], teacher [B, C', H, W], or sequences of such levels. Differentiable in both, and in the
     adaptation layers. Kept for the backward beside the maps: two maps of one channel per level (without adaptation
-    layers, masks detached).
+    layers, masks detached); on the CPU, where the student alone learns, its gradient instead.
 
     Raises:
         ValueError, TypeError: maps of different sizes; different widths without adaptation layers; levels or widths

@@ -1,9 +1,10 @@
 """Op ``attention_mask``: pooled attention, masks and masked distance. Formulas: :mod:`kdfast.reference.attention_mask`.
 
-Forward: one pass over both maps pools them, a second one sums the masked errors (without a channel mask the first
-does both); in between lie only maps of one channel. Backward: one pass over both maps, which writes the gradient with
-all its parts. Kept for it are a mask, and what L_AT compares as a difference; both maps' pooled attention only where
-the caller or gradients through the masks need it.
+Forward: one pass over both maps pools them, a second one sums the masked errors (on the CPU the first does both, where
+the student is not adapted and no pooled attention is asked for); in between lie only maps of one channel. Backward:
+one pass over both maps, which writes the gradient with all its parts. Kept for it are a mask, and what L_AT compares as
+a difference; both maps' pooled attention only where the caller or gradients through the masks need it. On the CPU,
+where the student alone learns, the forward writes the gradient too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..kernels import attention_mask_cuda
 from ..reference import attention_mask as reference
 from ..reference._common import accumulator
 from ..reference.attention_mask import Settings
-from . import _second
+from . import _early, _second
 from ._define import define, kernel
 
 
@@ -39,6 +40,15 @@ def _fake(student, teacher, adapted, *settings):
         student.new_empty((*settings.kept, b, c), dtype=dtype),
         student.new_empty((saved, b, 1, h, w), dtype=dtype),
         student.new_empty((saved, b, c), dtype=dtype),
+    )
+
+
+def _fake_with_gradient(student, teacher, *settings):
+    dtype = accumulator(student, teacher)
+    return (
+        student.new_empty((), dtype=dtype),
+        student.new_empty((2, 3), dtype=dtype),
+        torch.empty_like(student),
     )
 
 
@@ -127,6 +137,12 @@ def _reference_backward(
     return torch.empty_like(x).copy_(gradient)
 
 
+def _reference_with_gradient(student, teacher, *settings):
+    loss, terms, *small = _reference(student, teacher, None, *settings, False, False)
+    arguments = (torch.ones_like(loss), terms, *small, None, None, 0, settings[-1])
+    return loss, terms, _reference_backward(student, teacher, *arguments)
+
+
 def _difference(pooled: Tensor, side: int) -> Tensor:
     """Own minus the other map's attention, of both, or of student minus teacher."""
     difference = pooled[0] - pooled[1] if len(pooled) == 2 else pooled[0]
@@ -148,6 +164,14 @@ define(
     _fake,
     _reference,
     kernel("attention_mask", "attention_mask"),
+)
+define(
+    "attention_mask_with_gradient",
+    "(Tensor student, Tensor teacher, float temperature, float transfer_weight, float masked_weight,"
+    " bool softmax_of_sum, bool channel_mask, bool signed) -> (Tensor loss, Tensor terms, Tensor gradient)",
+    _fake_with_gradient,
+    _reference_with_gradient,
+    None,
 )
 define(
     "masked_distance",
@@ -175,6 +199,8 @@ _OPS = {
     for name in ("attention_pool", "attention_mask", "masked_distance", "attention_mask_backward")
     for triton in (False, True)
 }
+
+_with_gradient = torch.ops.kdfast.attention_mask_with_gradient.default
 
 
 def _op(name: str, triton: bool):
@@ -232,6 +258,33 @@ class _AttentionMask(torch.autograd.Function):
             nothing = (None, None)
             results[2] = op(adapted, other, grad_loss, terms, *nothing, *masks, *nothing, 0, s.signed)
         return *results, None, None, None
+
+
+class _WithGradient(torch.autograd.Function):
+    """Of a student that alone learns: the forward writes its gradient (see :mod:`._early`)."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, settings: tuple, distances: bool):
+        loss, terms, ctx.gradient = _with_gradient(student, teacher, *settings)
+        ctx.save_for_backward(student, teacher)
+        ctx.settings = settings
+        if not distances:
+            return loss
+        ctx.mark_non_differentiable(terms)
+        return loss, terms
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss, _=None):
+        if _second.wanted():
+            student, teacher = ctx.saved_tensors
+
+            def call(student):
+                return reference.attention_mask(student, teacher, None, *ctx.settings)[0]
+
+            return *_second.gradients(call, (student,), (True,), (grad_loss,)), None, None, None
+        if ctx.gradient is None:  # not the first backward
+            *_, ctx.gradient = _with_gradient(*ctx.saved_tensors, *ctx.settings)
+        return _early.take(ctx, grad_loss), None, None, None
 
 
 def _pooled_gradients(ctx: Any, side: int, grad_loss, grad_spatial, grad_channel):
@@ -361,6 +414,15 @@ def attention_mask(
         flags = (softmax_of_sum, channel_mask, signed, detach_mask)
         found = reference.attention_mask(student, teacher, adapted, *weights, *flags)
         return found[: 1 + distances + 2 * (distances and pooled)]
+    if (
+        adapted is None
+        and detach_mask
+        and not (distances and pooled)
+        and _early.wanted(chosen, student, teacher)
+    ):
+        settings = (*map(float, weights), softmax_of_sum, channel_mask, signed)
+        found = _WithGradient.apply(student, teacher, settings, distances)
+        return (found[0], found[1][0]) if distances else (found,)
     through = not detach_mask
     pairs = (distances and pooled) or through
     settings = Settings(*map(float, weights), softmax_of_sum, channel_mask, signed, through, pairs)
