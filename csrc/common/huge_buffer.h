@@ -1,10 +1,12 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 
 #include "common/check.h"
 #include "common/huge_pages.h"
+#include "common/parallel.h"
 
 namespace kd {
 
@@ -27,5 +29,17 @@ class HugeBuffer {
  private:
   A* data_;
 };
+
+// f(task, workspace of `elements`) for each task, by at most `most` workers with a workspace each.
+template <class A, class F>
+void for_tasks(int64_t tasks, int64_t most, int64_t elements, const F& f) {
+  const int64_t workers = std::min({num_threads(), tasks, most});
+  const HugeBuffer<A> workspace(workers * elements);
+  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t task = worker; task < tasks; task += workers) f(task, workspace.get() + worker * elements);
+    }
+  });
+}
 
 }  // namespace kd

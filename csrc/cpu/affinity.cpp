@@ -51,20 +51,13 @@ Sizes check(const Tensor& a, const Tensor& b, const Tensor& g) {
   return {g.size(0), a.size(1), b.size(1), g.size(2)};
 }
 
-// f(image, first column, columns, workspace) for every block of columns; `workspace` of `elements` is its
-// own.
+// f(image, first column, columns, workspace) for every block of columns; a workspace has `elements`.
 template <class P, class F>
 void for_blocks(const Sizes& s, int64_t elements, const F& f) {
-  const int64_t tasks = s.batch * s.blocks(), workers = std::min(num_threads(), tasks);
-  const HugeBuffer<P> workspace(workers * elements);
-  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t task = worker; task < tasks; task += workers) {
-        const int64_t first = task % s.blocks() * kAffinityWidth;
-        f(task / s.blocks(), first, std::min(kAffinityWidth, s.e - first),
-          workspace.get() + worker * elements);
-      }
-    }
+  const int64_t tasks = s.batch * s.blocks();
+  for_tasks<P>(tasks, tasks, elements, [&](int64_t task, P* workspace) {
+    const int64_t first = task % s.blocks() * kAffinityWidth;
+    f(task / s.blocks(), first, std::min(kAffinityWidth, s.e - first), workspace);
   });
 }
 
