@@ -129,6 +129,16 @@ def test_only_what_is_needed(needed):
 
 
 @needs_extension
+def test_nan_is_not_hidden():
+    for place in (0, 1):
+        values = list(inputs(2, 20, 30, 4))
+        values[place][0, 3] = float("nan")
+        found, truth = (run(f, *values) for f in (concatenation_affinity, reference.affinity))
+        assert torch.equal(found[0].isnan(), truth[0].isnan())
+        assert torch.equal(found[3].isnan(), truth[3].isnan())
+
+
+@needs_extension
 def test_op_contract():
     values = [v.requires_grad_() for v in inputs(2, 6, 5, 3)]
     torch.library.opcheck(

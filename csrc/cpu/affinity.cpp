@@ -103,17 +103,22 @@ void forward(const AffinityKernels<P>& kernels, const Sizes& s, const Tensor& a,
 // to[image, order[r]] = sum over the blocks of dots [B, blocks, r].
 template <class P>
 void add_up(const Tensor& to, const int32_t* order, const P* dots, int64_t blocks) {
-  constexpr int64_t kGrain = 4096;
+  constexpr int64_t kChunk = 1024;
   dispatch_float(to.scalar_type(), "affinity: a and b", [&](auto zero) {
     using T = decltype(zero);
-    T* data = static_cast<T*>(to.data_ptr());
-    const int64_t count = to.size(1);
-    parallel_for(0, to.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const P* from = dots + i / count * blocks * count + i % count;
-        double sum = 0;
-        for (int64_t k = 0; k < blocks; ++k) sum += static_cast<double>(from[k * count]);
-        data[i / count * to.stride(0) + order[i] * to.stride(1)] = static_cast<T>(sum);
+    const int64_t count = to.size(1), chunks = (count + kChunk - 1) / kChunk, step = to.stride(1);
+    parallel_for(0, to.size(0) * chunks, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t image = task / chunks, first = task % chunks * kChunk;
+        const int64_t rows = std::min(kChunk, count - first);
+        std::array<double, kChunk> sums{};
+        for (int64_t k = 0; k < blocks; ++k) {
+          const P* from = dots + (image * blocks + k) * count + first;
+          for (int64_t r = 0; r < rows; ++r) sums[r] += static_cast<double>(from[r]);
+        }
+        T* data = static_cast<T*>(to.data_ptr()) + image * to.stride(0);
+        const int32_t* place = order + image * count + first;
+        for (int64_t r = 0; r < rows; ++r) data[place[r] * step] = static_cast<T>(sums[r]);
       }
     });
   });
