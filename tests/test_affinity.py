@@ -45,6 +45,14 @@ def test_sizes(batch, n, m, e, dtype):
 
 
 @needs_extension
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(65600, 3), (3, 65600), (65601, 2)])
+def test_results_that_go_past_the_caches(n, m, transposed):
+    check("cpu", *inputs(1, n, m, 67, transposed=transposed))
+    check("cpu", *inputs(1, n, m, 80, transposed=transposed))
+
+
+@needs_extension
 @settings(max_examples=30, deadline=None)
 @given(
     sizes=st.tuples(*(st.integers(1, top) for top in (3, 90, 90, 40))),

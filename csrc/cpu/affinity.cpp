@@ -29,11 +29,14 @@ namespace {
 
 using torch::stable::Tensor;
 
+constexpr int64_t kPastCaches = 16 << 20;  // bytes of a result
+
 // Rows and columns of image `image` of a tensor [B, rows, columns].
 AffinityMatrix matrix(const Tensor& x, int64_t image, const char* name) {
   auto* data = const_cast<char*>(static_cast<const char*>(x.const_data_ptr()));
   data += image * x.stride(0) * static_cast<int64_t>(x.element_size());
-  return {data, dtype_of(x.scalar_type(), name), x.size(1), x.stride(1), x.stride(2)};
+  const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
+  return {data, dtype_of(x.scalar_type(), name), x.size(1), x.stride(1), x.stride(2), bytes >= kPastCaches};
 }
 
 struct Sizes {

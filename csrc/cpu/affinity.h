@@ -16,6 +16,7 @@ struct AffinityMatrix {
   void* data;
   Dtype dtype;
   int64_t rows, row_stride, column_stride;
+  bool past_caches = false;  // so large that writing it had better not go through the caches
 };
 
 // Queries and keys stand in ascending order. For query r, over the counted[r] last keys, which are those with

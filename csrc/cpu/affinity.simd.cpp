@@ -138,17 +138,45 @@ void pack(const AffinityMatrix& from, const int32_t* rank, int64_t first, int64_
   });
 }
 
+// Writes a tile past the caches where it is made of whole lines of them; `to` starts one.
+template <class P>
+bool stream(const P* tile, int64_t rows, int64_t count, P* to, int64_t row_stride, int64_t column_stride) {
+  constexpr int64_t kLine = 64 / sizeof(P);
+  if (column_stride == 1 && row_stride % kLine == 0 && count == kWidth) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < kWidth; c += kLanes<P>) {
+        stream_vec(to + r * row_stride + c, load_vec(tile + r * kWidth + c));
+      }
+    }
+  } else if (row_stride == 1 && column_stride % kLine == 0 && rows == kTile) {
+    alignas(64) P turned[kWidth * kTile];
+    scatter_units(tile, kWidth, rows, count, turned, kTile);
+    for (int64_t c = 0; c < count; ++c) {
+      for (int64_t r = 0; r < kTile; r += kLanes<P>) {
+        stream_vec(to + c * column_stride + r, load_vec(turned + c * kTile + r));
+      }
+    }
+  } else {
+    return false;
+  }
+  return true;
+}
+
 template <class P>
 void unpack(const P* from, const int32_t* rank, int64_t first, int64_t count, const AffinityMatrix& to) {
   alignas(64) P tile[kTile * kWidth];
   typed<P>(to.dtype, [&]<class T>(T) {
     T* const data = static_cast<T*>(to.data) + first * to.column_stride;
+    const bool past = to.past_caches && reinterpret_cast<uintptr_t>(data) % 64 == 0;
     for_tiles(
         to.rows, [&](int64_t r) { __builtin_prefetch(from + rank[r] * kWidth); },
         [&](int64_t begin, int64_t rows) {
           T* const block = data + begin * to.row_stride;
           for (int64_t r = 0; r < rows; ++r) {
             __builtin_memcpy(tile + r * kWidth, from + rank[begin + r] * kWidth, kWidth * sizeof(P));
+          }
+          if constexpr (__is_same(T, P)) {
+            if (past && stream(tile, rows, count, block, to.row_stride, to.column_stride)) return;
           }
           if (to.column_stride == 1) {
             for (int64_t r = 0; r < rows; ++r) convert(tile + r * kWidth, block + r * to.row_stride, count);
@@ -163,6 +191,7 @@ void unpack(const P* from, const int32_t* rank, int64_t first, int64_t count, co
           }
         });
   });
+  if (to.past_caches) end_streams();
 }
 
 }  // namespace
