@@ -10,6 +10,7 @@
 #include "cpu/affinity_ops.h"
 #include "cpu/attention_mask_ops.h"
 #include "cpu/criss_cross_ops.h"
+#include "cpu/dot_product_ops.h"
 #include "cpu/feature_augment_ops.h"
 #include "cpu/gram_ops.h"
 #include "cpu/masked_error_ops.h"
@@ -32,6 +33,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("direction", TORCH_BOX(&kd::direction_cpu));
   m.impl("direction_backward", TORCH_BOX(&kd::direction_backward_cpu));
   m.impl("direction_with_gradient", TORCH_BOX(&kd::direction_with_gradient_cpu));
+  m.impl("dot_product", TORCH_BOX(&kd::dot_product_cpu));
+  m.impl("dot_product_backward", TORCH_BOX(&kd::dot_product_backward_cpu));
   m.impl("feature_augment", TORCH_BOX(&kd::feature_augment_cpu));
   m.impl("feature_augment_backward", TORCH_BOX(&kd::feature_augment_backward_cpu));
   m.impl("gram", TORCH_BOX(&kd::gram_cpu));

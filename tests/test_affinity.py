@@ -45,6 +45,14 @@ def test_sizes(batch, n, m, e, dtype):
 
 
 @needs_extension
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(65600, 3), (3, 65600), (65601, 2)])
+def test_results_that_go_past_the_caches(n, m, transposed):
+    check("cpu", *inputs(1, n, m, 67, transposed=transposed))
+    check("cpu", *inputs(1, n, m, 80, transposed=transposed))
+
+
+@needs_extension
 @settings(max_examples=30, deadline=None)
 @given(
     sizes=st.tuples(*(st.integers(1, top) for top in (3, 90, 90, 40))),
@@ -126,6 +134,16 @@ def test_only_what_is_needed(needed):
     y.backward(up)
     for v, w, need in zip(values, whole, needed, strict=True):
         assert torch.equal(v.grad, w) if need else v.grad is None
+
+
+@needs_extension
+def test_nan_is_not_hidden():
+    for place in (0, 1):
+        values = list(inputs(2, 20, 30, 4))
+        values[place][0, 3] = float("nan")
+        found, truth = (run(f, *values) for f in (concatenation_affinity, reference.affinity))
+        assert torch.equal(found[0].isnan(), truth[0].isnan())
+        assert torch.equal(found[3].isnan(), truth[3].isnan())
 
 
 @needs_extension

@@ -16,32 +16,34 @@ struct AffinityMatrix {
   void* data;
   Dtype dtype;
   int64_t rows, row_stride, column_stride;
+  bool past_caches = false;  // so large that writing it had better not go through the caches
 };
 
-// For query i, over the keys j with key_j > -query_i: G = sum of v_j, H = sum of key_j v_j; then
-// out_i = scale (query_i G + H) and dots_i = scale <with_i, G>. Orders are ascending.
+// Queries and keys stand in ascending order. For query r, over the counted[r] last keys, which are those with
+// key > -query: G = sum of their values, H = sum of key times value; then out_r = scale (query_r G + H) and
+// dots_r = scale <with_r, G>.
 template <class P>
 struct AffinitySweep {
   const P* query;
-  const int32_t* query_order;
   int64_t queries;
   const P* key;
-  const int32_t* key_order;
   int64_t keys;
-  const P* values;  // [keys, kAffinityWidth]
-  P* out;           // [queries, kAffinityWidth], or null; may be `with`
-  const P* with;    // [queries, kAffinityWidth]
-  double* dots;     // [queries], or null
+  const int32_t* counted;  // [queries], ascending
+  const P* values;         // [keys, kAffinityWidth]
+  P* out;                  // [queries, kAffinityWidth], or null; may be `with`
+  const P* with;           // [queries, kAffinityWidth]
+  P* dots;                 // [queries], or null
   double scale;
-  double center;  // of the keys: sums run over key_j - center, so that large offsets cancel before they are
+  double center;  // of the keys: sums run over key - center, so that large offsets cancel before they are
                   // summed
 };
 
 template <class P>
 struct AffinityKernels {
-  // Columns [first, first + count) of a matrix to and from [rows, kAffinityWidth], the rest 0.
-  void (*pack)(const AffinityMatrix& from, int64_t first, int64_t count, P* to);
-  void (*unpack)(const P* from, int64_t first, int64_t count, const AffinityMatrix& to);
+  // Columns [first, first + count) of a matrix to and from [rows, kAffinityWidth], the rest 0. Row i of the
+  // matrix is row rank[i] there.
+  void (*pack)(const AffinityMatrix& from, const int32_t* rank, int64_t first, int64_t count, P* to);
+  void (*unpack)(const P* from, const int32_t* rank, int64_t first, int64_t count, const AffinityMatrix& to);
   void (*sweep)(const AffinitySweep<P>& sweep);
 };
 

@@ -3,17 +3,23 @@
 // Per key and 16 columns: one row of 16 values read, 32 multiply-adds into sums that stay in registers; per
 // query one row written. Sums run in double, and over keys less their median: a_i G + H cancels where a_i
 // and the b_j are large and opposite, and a prefix may hold tens of thousands of keys.
+//
+// Rows are sorted when they are packed and unpacked, where each row's place is known long before, so that it
+// can be fetched; the sweeps read and write one row after the other.
 
 #include "cpu/affinity.h"
 
+#include "cpu/criss_cross_tiles.h"
 #include "cpu/simd.h"
 
 namespace kd::KD_ISA {
 namespace {
 
 constexpr int64_t kWidth = kAffinityWidth;
-constexpr int kVectors = static_cast<int>(kWidth) / kLanes<double>;
-constexpr int64_t kTile = 64;  // rows transposed at a time: 4 KB of float
+constexpr int kDoubles = kLanes<double>;
+constexpr int kVectors = static_cast<int>(kWidth) / kDoubles;
+constexpr int64_t kTile = 32;   // rows transposed at a time: 2 KB of float
+constexpr int64_t kTable = 32;  // prefixes held at a time: 8 KB
 
 typedef float Narrow __attribute__((vector_size(kVectorBytes / 2)));
 
@@ -29,77 +35,163 @@ inline void narrow(const Vec<double>& v, float* to) {
   __builtin_memcpy(to, &n, sizeof n);
 }
 
-template <class P>
-void sweep(const AffinitySweep<P>& s) {
-  constexpr int lanes = kLanes<double>;
+inline double total(const Vec<double>& v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
+  double sum = 0;
+  for (int lane = 0; lane < kDoubles; ++lane) sum += v[lane];
+  return sum;
+#endif
+}
+
+// Queries wait for their prefix until a table of the next kTable prefixes is full: when a query follows a key
+// is random, and a branch per query or key would be mispredicted every other time.
+template <class P, bool kOut, bool kDots>
+void sweep_as(const AffinitySweep<P>& s) {
+  alignas(64) double sums[kTable][kWidth], products[kTable][kWidth];
   Vec<double> sum[kVectors] = {}, weighted[kVectors] = {};
-  int64_t left = s.keys;
-  for (int64_t r = 0; r < s.queries; ++r) {
-    const int64_t i = s.query_order[r];
-    const P threshold = -s.query[i];
-    for (; left > 0; --left) {
-      const int64_t j = s.key_order[left - 1];
-      if (!(s.key[j] > threshold)) break;
+  for (int64_t first = 0, r = 0; first <= s.keys && r < s.queries; first += kTable) {
+    const int64_t last = first + kTable <= s.keys ? first + kTable : s.keys + 1;
+    for (int64_t c = first; c < last; ++c) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        store_vec(sums[c - first] + v * kDoubles, sum[v]);
+        if (kOut) store_vec(products[c - first] + v * kDoubles, weighted[v]);
+      }
+      const int64_t j = s.keys - 1 - c;
+      if (j < 0) break;
       const Vec<double> weight = Vec<double>{} + (static_cast<double>(s.key[j]) - s.center);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        const Vec<double> value = widen(s.values + j * kWidth + v * lanes);
+        const Vec<double> value = widen(s.values + j * kWidth + v * kDoubles);
         sum[v] += value;
-        weighted[v] += weight * value;
+        if (kOut) weighted[v] += weight * value;
       }
     }
-    if (s.dots != nullptr) {
-      Vec<double> dot = {};
+    for (; r < s.queries && s.counted[r] < last; ++r) {
+      const double *g = sums[s.counted[r] - first], *h = products[s.counted[r] - first];
+      if (kDots) {
+        Vec<double> dot = {};
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) dot += widen(s.with + i * kWidth + v * lanes) * sum[v];
-      double total = 0;
-      for (int lane = 0; lane < lanes; ++lane) total += dot[lane];
-      s.dots[i] = s.scale * total;
-    }
-    if (s.out != nullptr) {
-      const Vec<double> weight = Vec<double>{} + (static_cast<double>(s.query[i]) + s.center);
+        for (int v = 0; v < kVectors; ++v) {
+          dot += widen(s.with + r * kWidth + v * kDoubles) * load_vec(g + v * kDoubles);
+        }
+        s.dots[r] = static_cast<P>(s.scale * total(dot));
+      }
+      if (kOut) {
+        const Vec<double> weight = Vec<double>{} + (static_cast<double>(s.query[r]) + s.center);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        narrow((weight * sum[v] + weighted[v]) * s.scale, s.out + i * kWidth + v * lanes);
-      }
-    }
-  }
-}
-
-// f(element of the tensor, element of the packed rows) for every element, in tiles that stay in L1.
-template <class T, class P, class F>
-void for_elements(T* data, const AffinityMatrix& m, int64_t first, int64_t count, P* packed, const F& f) {
-  for (int64_t begin = 0; begin < m.rows; begin += kTile) {
-    const int64_t end = begin + kTile < m.rows ? begin + kTile : m.rows;
-    if (m.column_stride == 1) {
-      for (int64_t r = begin; r < end; ++r) {
-        T* row = data + r * m.row_stride + first;
-        for (int64_t c = 0; c < count; ++c) f(row + c, packed + r * kWidth + c);
-      }
-    } else {
-      for (int64_t c = 0; c < count; ++c) {
-        T* column = data + (first + c) * m.column_stride;
-        for (int64_t r = begin; r < end; ++r) f(column + r * m.row_stride, packed + r * kWidth + c);
+        for (int v = 0; v < kVectors; ++v) {
+          narrow((weight * load_vec(g + v * kDoubles) + load_vec(h + v * kDoubles)) * s.scale,
+                 s.out + r * kWidth + v * kDoubles);
+        }
       }
     }
   }
 }
 
 template <class P>
-void pack(const AffinityMatrix& from, int64_t first, int64_t count, P* to) {
-  if (count < kWidth) __builtin_memset(to, 0, sizeof(P) * kWidth * from.rows);
-  with_dtype(from.dtype, from.data, [&](auto* data) {
-    for_elements(data, from, first, count, to,
-                 [](const auto* element, P* packed) { *packed = static_cast<P>(load(element)); });
-  });
+void sweep(const AffinitySweep<P>& s) {
+  if (s.out == nullptr) {
+    if (s.dots != nullptr) sweep_as<P, false, true>(s);
+  } else {
+    s.dots != nullptr ? sweep_as<P, true, true>(s) : sweep_as<P, true, false>(s);
+  }
+}
+
+// f(first row, rows) for tiles of kTile rows, after `ahead(row)` for each row of the tile that comes next.
+template <class Ahead, class F>
+inline void for_tiles(int64_t rows, const Ahead& ahead, const F& f) {
+  for (int64_t begin = 0; begin < rows; begin += kTile) {
+    const int64_t end = begin + kTile < rows ? begin + kTile : rows;
+    const int64_t next = end + kTile < rows ? end + kTile : rows;
+    for (int64_t r = end; r < next; ++r) ahead(r);
+    f(begin, end - begin);
+  }
 }
 
 template <class P>
-void unpack(const P* from, int64_t first, int64_t count, const AffinityMatrix& to) {
-  with_dtype(to.dtype, to.data, [&](auto* data) {
-    for_elements(data, to, first, count, const_cast<P*>(from),
-                 [](auto* element, const P* packed) { store(element, *packed); });
+void pack(const AffinityMatrix& from, const int32_t* rank, int64_t first, int64_t count, P* to) {
+  alignas(64) P tile[kTile * kWidth] = {};
+  typed<P>(from.dtype, [&]<class T>(T) {
+    const T* const data = static_cast<const T*>(from.data) + first * from.column_stride;
+    for_tiles(
+        from.rows, [&](int64_t r) { __builtin_prefetch(to + rank[r] * kWidth, 1); },
+        [&](int64_t begin, int64_t rows) {
+          const T* const block = data + begin * from.row_stride;
+          if (from.column_stride == 1) {
+            for (int64_t r = 0; r < rows; ++r) convert(block + r * from.row_stride, tile + r * kWidth, count);
+          } else if (from.row_stride == 1) {
+            gather_units(block, from.column_stride, rows, count, tile, kWidth);
+          } else {
+            for (int64_t r = 0; r < rows; ++r) {
+              for (int64_t c = 0; c < count; ++c) {
+                tile[r * kWidth + c] = load(block + r * from.row_stride + c * from.column_stride);
+              }
+            }
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            __builtin_memcpy(to + rank[begin + r] * kWidth, tile + r * kWidth, kWidth * sizeof(P));
+          }
+        });
   });
+}
+
+// Writes a tile past the caches where it is made of whole lines of them; `to` starts one.
+template <class P>
+bool stream(const P* tile, int64_t rows, int64_t count, P* to, int64_t row_stride, int64_t column_stride) {
+  constexpr int64_t kLine = 64 / sizeof(P);
+  if (column_stride == 1 && row_stride % kLine == 0 && count == kWidth) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < kWidth; c += kLanes<P>) {
+        stream_vec(to + r * row_stride + c, load_vec(tile + r * kWidth + c));
+      }
+    }
+  } else if (row_stride == 1 && column_stride % kLine == 0 && rows == kTile) {
+    alignas(64) P turned[kWidth * kTile];
+    scatter_units(tile, kWidth, rows, count, turned, kTile);
+    for (int64_t c = 0; c < count; ++c) {
+      for (int64_t r = 0; r < kTile; r += kLanes<P>) {
+        stream_vec(to + c * column_stride + r, load_vec(turned + c * kTile + r));
+      }
+    }
+  } else {
+    return false;
+  }
+  return true;
+}
+
+template <class P>
+void unpack(const P* from, const int32_t* rank, int64_t first, int64_t count, const AffinityMatrix& to) {
+  alignas(64) P tile[kTile * kWidth];
+  typed<P>(to.dtype, [&]<class T>(T) {
+    T* const data = static_cast<T*>(to.data) + first * to.column_stride;
+    const bool past = to.past_caches && reinterpret_cast<uintptr_t>(data) % 64 == 0;
+    for_tiles(
+        to.rows, [&](int64_t r) { __builtin_prefetch(from + rank[r] * kWidth); },
+        [&](int64_t begin, int64_t rows) {
+          T* const block = data + begin * to.row_stride;
+          for (int64_t r = 0; r < rows; ++r) {
+            __builtin_memcpy(tile + r * kWidth, from + rank[begin + r] * kWidth, kWidth * sizeof(P));
+          }
+          if constexpr (__is_same(T, P)) {
+            if (past && stream(tile, rows, count, block, to.row_stride, to.column_stride)) return;
+          }
+          if (to.column_stride == 1) {
+            for (int64_t r = 0; r < rows; ++r) convert(tile + r * kWidth, block + r * to.row_stride, count);
+          } else if (to.row_stride == 1) {
+            scatter_units(tile, kWidth, rows, count, block, to.column_stride);
+          } else {
+            for (int64_t r = 0; r < rows; ++r) {
+              for (int64_t c = 0; c < count; ++c) {
+                store(block + r * to.row_stride + c * to.column_stride, tile[r * kWidth + c]);
+              }
+            }
+          }
+        });
+  });
+  if (to.past_caches) end_streams();
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.affinity import affinity
+from ..ops.dot_product import dot_product
 from ._common import check_float, describe
 
 
@@ -27,20 +28,12 @@ def dot_product_affinity(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     _check_maps(theta, phi, g)
     q, k, v = (x.flatten(2) for x in (theta, phi, g))  # [B, d, n], [B, d, m], [B, e, m]
     d, e, n, m = q.shape[1], v.shape[1], q.shape[2], k.shape[2]
-    last = q.stride(1) < q.stride(2)  # channels are neighbours
     if (n + m) * d * e <= n * m * (d + e):
-        # alpha scales before the product is rounded to half precision.
-        if last:
-            y = (q.mT @ _scaled(k, v.mT, 1 / m)).mT
-        else:
-            y = _scaled(v, k.mT, 1 / m) @ q
+        y = dot_product(q, k, v)
     else:
-        y = v @ _scaled(k.mT, q, 1 / m)
+        # alpha scales before the product is rounded to half precision.
+        y = v @ torch.baddbmm(q.new_empty(1, 1, 1), k.mT, q, beta=0, alpha=1 / m)
     return y.unflatten(2, theta.shape[2:])
-
-
-def _scaled(x: Tensor, y: Tensor, factor: float) -> Tensor:
-    return torch.baddbmm(x.new_empty(1, 1, 1), x, y, beta=0, alpha=factor)
 
 
 def softmax_affinity(theta: Tensor, phi: Tensor, g: Tensor, *, scale: float | None = None) -> Tensor:
