@@ -37,35 +37,40 @@ def loss(
     student: Tensor,
     tensors: tuple[Tensor | None, ...],
     settings: tuple = (),
-) -> Tensor:
+    parts: bool = False,
+) -> Any:
     """``reference(student, *tensors, *settings)``, differentiable in student, where :func:`wanted`.
 
     Args:
-        op: of the same arguments; returns the loss and its gradient.
+        op: of the same arguments; returns the loss, perhaps its parts, and its gradient.
+        parts: return the parts after the loss; they have no gradient.
     """
-    return _Early.apply(student, tensors, (op, reference, settings))
+    return _Early.apply(student, tensors, (op, reference, settings, parts))
 
 
 class _Early(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, tensors: tuple[Tensor | None, ...], call: tuple) -> Tensor:
-        op, _, settings = ctx.call = call
-        value, ctx.gradient = op(student, *tensors, *settings)
+    def forward(ctx: Any, student: Tensor, tensors: tuple[Tensor | None, ...], call: tuple):
+        op, _, settings, parts = ctx.call = call
+        value, *found, ctx.gradient = op(student, *tensors, *settings)
         ctx.save_for_backward(student, *tensors)
-        return value
+        if not parts:
+            return value
+        ctx.mark_non_differentiable(*found)
+        return value, *found
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor, *_: Tensor):
         gradient, second = ctx.gradient, _second.wanted()
         if gradient is None or second:
-            op, reference, settings = ctx.call
+            op, reference, settings, _ = ctx.call
             student, *tensors = ctx.saved_tensors
             if second:
                 found = _second.gradients(
                     lambda s: reference(s, *tensors, *settings), (student,), (True,), (grad,)
                 )
                 return *found, None, None
-            _, gradient = op(student, *tensors, *settings)
+            *_, gradient = op(student, *tensors, *settings)
         ctx.gradient = None
         # Reading a scalar of the CPU waits for nothing.
         return gradient if grad.item() == 1 else gradient.mul_(grad), None, None

@@ -260,31 +260,8 @@ class _AttentionMask(torch.autograd.Function):
         return *results, None, None, None
 
 
-class _WithGradient(torch.autograd.Function):
-    """Of a student that alone learns: the forward writes its gradient (see :mod:`._early`)."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, settings: tuple, distances: bool):
-        loss, terms, ctx.gradient = _with_gradient(student, teacher, *settings)
-        ctx.save_for_backward(student, teacher)
-        ctx.settings = settings
-        if not distances:
-            return loss
-        ctx.mark_non_differentiable(terms)
-        return loss, terms
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss, _=None):
-        if _second.wanted():
-            student, teacher = ctx.saved_tensors
-
-            def call(student):
-                return reference.attention_mask(student, teacher, None, *ctx.settings)[0]
-
-            return *_second.gradients(call, (student,), (True,), (grad_loss,)), None, None, None
-        if ctx.gradient is None:  # not the first backward
-            *_, ctx.gradient = _with_gradient(*ctx.saved_tensors, *ctx.settings)
-        return _early.take(ctx, grad_loss), None, None, None
+def _loss(student: Tensor, teacher: Tensor, *settings) -> Tensor:
+    return reference.attention_mask(student, teacher, None, *settings)[0]
 
 
 def _pooled_gradients(ctx: Any, side: int, grad_loss, grad_spatial, grad_channel):
@@ -409,20 +386,15 @@ def attention_mask(
     """
     student, teacher, adapted = _one_dtype(student, teacher, adapted)
     weights = (temperature, transfer_weight, masked_weight)
+    if adapted is None and detach_mask and not (distances and pooled) and _early.wanted(student, teacher):
+        settings = (*map(float, weights), softmax_of_sum, channel_mask, signed)
+        found = _early.loss(_with_gradient, _loss, student, (teacher,), settings, distances)
+        return (found[0], found[1][0]) if distances else (found,)
     chosen = _choose("attention_mask", student)
     if chosen == "reference":
         flags = (softmax_of_sum, channel_mask, signed, detach_mask)
         found = reference.attention_mask(student, teacher, adapted, *weights, *flags)
         return found[: 1 + distances + 2 * (distances and pooled)]
-    if (
-        adapted is None
-        and detach_mask
-        and not (distances and pooled)
-        and _early.wanted(chosen, student, teacher)
-    ):
-        settings = (*map(float, weights), softmax_of_sum, channel_mask, signed)
-        found = _WithGradient.apply(student, teacher, settings, distances)
-        return (found[0], found[1][0]) if distances else (found,)
     through = not detach_mask
     pairs = (distances and pooled) or through
     settings = Settings(*map(float, weights), softmax_of_sum, channel_mask, signed, through, pairs)
