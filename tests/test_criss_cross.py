@@ -37,6 +37,8 @@ def on_backend(request):
         (3, 5, 7, 40, 6),
         (1, 2, 3, 5, 130),  # rows of a padded length
         (1, 9, 23, 16, 16),  # whole vectors
+        (2, 7, 13, 45, 35),  # columns side by side in vectors, in several blocks, and some that fill none
+        (1, 13, 6, 83, 16),
     ],
 )
 def test_matches_brute_force(shape, channels_last):
@@ -53,7 +55,9 @@ def test_reference_is_brute_force():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", EPS)
-@pytest.mark.parametrize("shape", [(2, 3, 5, 4, 6), (1, 20, 21, 13, 11), (1, 17, 22, 18, 19)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 4, 6), (1, 20, 21, 13, 11), (1, 17, 22, 18, 19), (1, 5, 8, 49, 18)]
+)
 def test_dtypes(shape, dtype, channels_last):
     check("cpu", inputs(shape, dtype, channels_last=channels_last), floor=EPS[dtype])
 
@@ -97,6 +101,15 @@ def test_strides(sizes, step, order):
     check("cpu", [tensors[0], strided(tensors[1]), tensors[2]])  # mixed layouts
 
 
+def test_mixed_layouts_of_wide_maps():
+    query, key, value = inputs((2, 6, 9, 41, 34))
+    last = [v.contiguous(memory_format=torch.channels_last) for v in (query, key, value)]
+    check("cpu", [query, last[1], value])
+    check("cpu", [query, key, last[2]])
+    check("cpu", [query, key, value], grad=torch.randn_like(last[2]))
+    check("cpu", [query[..., 1:], key[..., 1:], value[..., 1:]])  # rows that start anywhere
+
+
 def test_expanded():
     query, key, value = inputs((3, 4, 5, 6, 7))
     check("cpu", [query[:1].expand(3, -1, -1, -1), key[:, :, :1].expand(-1, -1, 6, -1), value])
@@ -129,7 +142,7 @@ def test_gradcheck_and_second_backward(on_backend):
 
 @pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)])
 def test_only_needed_gradients(needed):
-    tensors = inputs((2, 3, 20, 6, 7))
+    tensors = inputs((2, 3, 20, 10, 17))
     grad = torch.randn_like(tensors[2])
     expected = run(criss_cross, tensors, grad)[1:]
     tensors = [v.requires_grad_(bool(need)) for v, need in zip(tensors, needed, strict=True)]

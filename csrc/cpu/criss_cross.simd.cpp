@@ -3,7 +3,8 @@
 // Per position and pass over lines of n cells: n (d + e) multiply-adds forward, n (3 d + 2 e) backward (d
 // channels of query and key, e of value). Arithmetic decides: every value that is packed takes part in n
 // multiply-adds. Of a few lines at a time the scores lie in L2, [lines, n, n], and maps pass by in blocks of
-// channels, each read once per pass, and each result read and written once more by the column pass.
+// channels, each read once per pass, and each result read and written once more by the column pass. Columns
+// that lie side by side have a column pass of their own, in criss_cross_lanes.h.
 
 #include "cpu/criss_cross.h"
 
