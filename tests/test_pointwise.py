@@ -66,3 +66,14 @@ def test_other_maps_are_convolved():
 def test_other_layers_are_called(layer):
     x = torch.randn(2, 4, 5, 6)
     assert torch.equal(pointwise_layer(layer, x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"],
+)
+def test_hooks_of_a_layer_run(register):
+    layer, calls = nn.Conv2d(4, 6, 1), []
+    getattr(layer, register)(lambda *args: calls.append(register))
+    pointwise_layer(layer, torch.randn(2, 4, 5, 5, requires_grad=True)).sum().backward()
+    assert calls == [register]

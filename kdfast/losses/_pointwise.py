@@ -26,10 +26,11 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def pointwise_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    """What ``layer`` makes of x; a plain 1x1 convolution by :func:`pointwise`."""
+    """What ``layer`` makes of x; a plain 1x1 convolution, without hooks that a call would run, by :func:`pointwise`."""
     plain = (
         type(layer) is nn.Conv2d and layer.bias is not None and layer.weight.shape[1:] == (x.shape[1], 1, 1)
     )
-    if plain and layer.padding in (0, (0, 0)) and layer.stride == (1, 1) and layer.groups == 1:
+    hooks = plain and (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+    if plain and not hooks and layer.padding in (0, (0, 0)) and layer.stride == (1, 1) and layer.groups == 1:
         return pointwise(x, layer.weight, layer.bias)
     return layer(x)
