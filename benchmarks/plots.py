@@ -46,11 +46,11 @@ def _times(rows: Sequence[Row], path: Path) -> Path:
         )
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
-    ticks = [
-        t
-        for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000)
-        if _within(t, axes.get_xlim())
-    ]
+    coarse = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000)
+    fine = (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8)
+    ticks = [t for t in coarse if _within(t, axes.get_xlim())]
+    if len(ticks) < 3:
+        ticks = sorted({*ticks, *(t for t in fine if _within(t, axes.get_xlim()))})
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.xaxis.minorticks_off()
     axes.set_xlabel("time of forward + backward relative to eager (left is faster)")
