@@ -2,7 +2,8 @@
 
 // Memory that a call needs while it lasts. malloc keeps freed blocks resident, and blocks of many sizes that
 // several threads free in turn then take up to twice what is live at any time. Large workspaces are mapped
-// instead, handed on from use to use while a call runs and given back at its end.
+// instead, handed on from use to use while a call runs and given back at its end, all but a few MB: small
+// calls would spend as long on mapping them as on their arithmetic.
 
 #include <algorithm>
 #include <cstdint>
@@ -36,7 +37,7 @@ class Workspaces {
     static void change(int by) {
       Workspaces& all = Workspaces::all();
       const std::lock_guard<std::mutex> lock(all.mutex_);
-      if ((all.calls_ += by) == 0) all.drop(), all.takes_ = all.changes_ = 0;
+      if ((all.calls_ += by) == 0) all.trim(), all.takes_ = all.changes_ = 0;
     }
   };
 
@@ -79,11 +80,12 @@ class Workspaces {
     if (!kMaps || block.bytes < kLeastMapped) return std::free(block.data);
     const std::lock_guard<std::mutex> lock(mutex_);
     idle_.push_back(block);
-    if (calls_ == 0) drop();
+    if (calls_ == 0) trim();
   }
 
  private:
   static constexpr int64_t kLeastMapped = 1 << 16, kPage = 1 << 12, kFreeChanges = 64 * 16;
+  static constexpr int64_t kKept = 4 << 20;
 
 #ifdef __linux__
   static constexpr bool kMaps = true;
@@ -98,6 +100,12 @@ class Workspaces {
   static Block resized(const Block&, int64_t bytes) { return {nullptr, bytes}; }
   static void unmap(const Block&) {}
 #endif
+
+  void trim() {
+    int64_t bytes = 0;
+    for (const Block& block : idle_) bytes += block.bytes;
+    if (bytes > kKept) drop();
+  }
 
   void drop() {
     for (const Block& block : idle_) unmap(block);
