@@ -37,7 +37,7 @@ class Workspaces {
     static void change(int by) {
       Workspaces& all = Workspaces::all();
       const std::lock_guard<std::mutex> lock(all.mutex_);
-      if ((all.calls_ += by) == 0) all.trim(), all.takes_ = all.changes_ = 0;
+      if ((all.calls_ += by) == 0) all.trim();
     }
   };
 
@@ -84,7 +84,7 @@ class Workspaces {
   }
 
  private:
-  static constexpr int64_t kLeastMapped = 1 << 16, kPage = 1 << 12, kFreeChanges = 64 * 16;
+  static constexpr int64_t kLeastMapped = 1 << 18, kPage = 1 << 12, kFreeChanges = 64 * 16;
   static constexpr int64_t kKept = 4 << 20;
 
 #ifdef __linux__
@@ -104,7 +104,7 @@ class Workspaces {
   void trim() {
     int64_t bytes = 0;
     for (const Block& block : idle_) bytes += block.bytes;
-    if (bytes > kKept) drop();
+    if (bytes > kKept) drop(), takes_ = changes_ = 0;
   }
 
   void drop() {
@@ -115,7 +115,7 @@ class Workspaces {
   std::mutex mutex_;
   std::vector<Block> idle_;
   int calls_ = 0;
-  int64_t takes_ = 0, changes_ = 0;  // since the first of the calls that run
+  int64_t takes_ = 0, changes_ = 0;  // since all was given back
 };
 
 // Uninitialised, 64-byte aligned.
