@@ -5,8 +5,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 OUT ?= gpu-report
 MINUTES ?= 5
-# Test processes on the GPU: compiling kernels is most of what they do.
-SHARDS ?= 8
+# Processes of the tests and of what benchmarks do before they time: compiling kernels is most of both.
+JOBS ?= 16
+GPU_TESTS = $(shell grep -l 'mark.gpu' tests/test_*.py)
 BENCH ?= --quick
 TORCH ?= torch==2.13.0
 OLDEST_TRITON ?= triton==3.6.0
@@ -60,11 +61,10 @@ bench: build
 # For a machine with a GPU, its own torch, and perhaps no network or limited time: installs nothing, and writes a handful of
 # files into OUT. Benchmarks stop after MINUTES; the next call goes on with the cases that benchmarks/results lacks.
 gpu-check: gpu-build
-	status=0; parts="$$(seq $(SHARDS))"; \
-	for i in $$parts; do timeout 300 $(PYTHON) -m pytest -q -m gpu --shard $$i/$(SHARDS) tests > "$(OUT)/part$$i.log" 2>&1 & done; \
-	for job in $$(jobs -p); do wait $$job || status=$$?; done; \
-	for i in $$parts; do tail -n 20 "$(OUT)/part$$i.log"; cat "$(OUT)/part$$i.log" >> "$(OUT)/tests.log"; rm "$(OUT)/part$$i.log"; done; \
-	$(PYTHON) -m benchmarks --device cuda --resume --minutes $(MINUTES) $(BENCH) > "$(OUT)/benchmarks.log" 2>&1 || status=$$?; \
+	status=0; set -o pipefail; \
+	timeout 300 $(PYTHON) -m pytest -q -n $(JOBS) --dist worksteal -m gpu --tb short $(GPU_TESTS) 2>&1 | tee "$(OUT)/tests.log" | tail -n 60 || status=$$?; \
+	$(PYTHON) -m benchmarks --device cuda --resume --jobs $(JOBS) --minutes $(MINUTES) --profile "$(OUT)/kernels.csv" $(BENCH) \
+		> "$(OUT)/benchmarks.log" 2>&1 || status=$$?; \
 	tail -n 40 "$(OUT)/benchmarks.log"; tar -czf "$(OUT)/results.tar.gz" benchmarks/results; exit $$status
 
 # Every kernel once under compute-sanitizer, which makes them tens of times slower.

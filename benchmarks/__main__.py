@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import plots, report
-from .case import KDFAST
+from . import jobs, plots, report
+from .case import KDFAST, Case
 from .cases import HEADLINES, select
 from .ceilings import Ceilings
-from .measure import measure
+from .measure import Row, measure
 
 ROOT = Path(__file__).parent
 
@@ -27,13 +29,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
     parser.add_argument("--op", nargs="+", metavar="NAME", help="families or ops to measure (all)")
-    parser.add_argument("--case", default="", metavar="SUBSTRING", help="only cases whose name holds this")
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        default=("",),
+        metavar="SUBSTRING",
+        help="only cases whose name holds one of these",
+    )
     parser.add_argument(
         "--provider", nargs="+", default=(), metavar="NAME", help="only these providers (all)"
     )
     parser.add_argument("--quick", action="store_true", help="about 1 s of timing per case, 3 rounds")
     parser.add_argument("--resume", action="store_true", help="leave out cases that DIR has of this commit")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after these")
+    parser.add_argument("--seconds", type=float, metavar="S", help="of timing per case, instead of those")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that compile and check before one of them times",
+    )
+    parser.add_argument(
+        "--prepare", type=float, default=0.6, metavar="SHARE", help="of the minutes, for --jobs (%(default)s)"
+    )
+    parser.add_argument(
+        "--profile", type=Path, metavar="CSV", help="write the kernels of each step (with --jobs)"
+    )
     parser.add_argument("--rounds", type=int, help="how often the providers take turns (7)")
     parser.add_argument("--out", type=Path, default=ROOT / "results", metavar="DIR", help="%(default)s")
     parser.add_argument("--readme", action="store_true", help="rewrite this device's table in README.md")
@@ -49,7 +71,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if not options.cases:
-        parser.error(f"--case: no case holds {options.case!r}")
+        parser.error(f"--case: no case holds {' or '.join(options.case)}")
     return options
 
 
@@ -67,28 +89,19 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     ceilings = Ceilings(device)
     facts = report.machine(device, ceilings, options.commit)
-    seconds, rounds = (1.0, 3) if options.quick else (5.0, 7)
     folder = options.out / report.slug(facts["device"])
     suite = [case.key for case in select()]
     known = report.measured(folder, facts["commit"]) if options.resume else set()
-    end = time.monotonic() + 60 * options.minutes
-    rows, left = [], 0
-    with tqdm([case for case in options.cases if case.key not in known], unit="case", disable=None) as cases:
-        for case in cases:
-            if time.monotonic() > end:
-                left += 1
-                continue
-            cases.set_postfix_str(case.name)
-            found = measure(
-                case,
-                device,
-                ceilings,
-                seconds=seconds,
-                rounds=options.rounds or rounds,
-                only=options.provider,
-            )
+    cases = [case for case in options.cases if case.key not in known]
+    rows: list[Row] = []
+    done = 0
+    with tqdm(total=len(cases), unit="case", disable=None) as bar:
+        for found in _measured(options, arguments, cases, device, ceilings):
+            bar.update()
+            done += 1
             rows += [facts | row for row in found]
             report.write(rows, folder, suite)  # after every case: a run that is stopped keeps what it has
+    left = len(cases) - done
     files = [folder / f"{family}.csv" for family in dict.fromkeys(case.family for case in options.cases)]
     written = [path for path in files if path.exists()]
     for path in list(written):
@@ -110,6 +123,40 @@ def main(arguments: list[str] | None = None) -> int:
         text = f"{report.headline_table(headlines)}\n\n{report.setting(rows_shown)}"
         report.update_readme(ROOT.parent / "README.md", f"benchmarks:{options.device}", text)
     return int(any(row["status"] == "wrong" and row["provider"] in KDFAST for row in failed))
+
+
+def _measured(
+    options: argparse.Namespace,
+    arguments: list[str] | None,
+    cases: list[Case],
+    device: torch.device,
+    ceilings: Ceilings,
+) -> Iterator[list[Row]]:
+    """The rows of each case that there was time for."""
+    seconds, rounds = (1.0, 3) if options.quick else (5.0, 7)
+    seconds, rounds = options.seconds or seconds, options.rounds or rounds
+    start, limit = time.monotonic(), 60 * options.minutes
+    if not options.jobs:
+        for case in cases:
+            if time.monotonic() <= start + limit:
+                yield measure(case, device, ceilings, seconds=seconds, rounds=rounds, only=options.provider)
+        return
+    for dtype in {case.dtype for case in cases}:
+        ceilings.floor(1, 1, 1, dtype)  # measured before the processes share the device
+    plan = jobs.Plan(
+        sys.argv[1:] if arguments is None else arguments, [options.cases.index(case) for case in cases],
+        device, ceilings, seconds, rounds, options.provider, start + options.prepare * limit, start + limit,
+        options.profile is not None,
+    )  # fmt: skip
+    profiled: list[Row] = []
+    for found, kernels in jobs.run(plan, options.jobs):
+        yield found
+        profiled += kernels
+        if profiled:
+            with options.profile.open("w", newline="") as file:
+                writer = csv.DictWriter(file, profiled[0], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(profiled)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,60 @@ def step(fn: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     return [value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad], upstream)]
 
 
+class Prepared(NamedTuple):
+    """A case whose providers were compiled and checked; ``timed`` are those that were right, with their rows."""
+
+    case: Case
+    inputs: list[Tensor]
+    rows: list[Row]
+    timed: list[tuple[Provider, Row]]
+
+
+def prepare(case: Case, device: torch.device, only: Sequence[str] = ()) -> Prepared:
+    """Runs every provider once and holds it against float64.
+
+    Args:
+        only: names of providers; all by default. Eager is always checked, since it sets the tolerance.
+    """
+    inputs = case.inputs(device)
+    rows, timed = [], []
+    try:
+        truth, bounds = _truth(case, inputs, device)
+    except _CannotRun as error:
+        rows = [_row(case, p, status="not run", note=str(error)) for p in providers(case, device, only)]
+        return Prepared(case, inputs, rows, timed)
+    for provider in providers(case, device, only):
+        row = _row(case, provider, input_mb=sum(map(_nbytes, inputs)) / 1e6)
+        rows.append(row)
+        try:
+            _check(provider, inputs, truth, bounds, device, row)
+            if row["status"] == "ok":
+                timed.append((provider, row))
+        except Exception as error:  # whatever a provider dies of belongs into its row, not into the whole run
+            row.update(status="not run", note=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    return Prepared(case, inputs, rows, timed)
+
+
+def clock(
+    prepared: Prepared, device: torch.device, ceilings: Ceilings, *, seconds: float, rounds: int
+) -> list[Row]:
+    """Memory and time of what was right: the rows of the case, one per provider, without the machine's description.
+
+    Args:
+        seconds: time spent on timing, shared by the providers; each is called at least once per round.
+        rounds: how often the providers take turns.
+    """
+    case, inputs, rows, timed = prepared
+    load = round(os.getloadavg()[0], 2)
+    for row in rows:
+        row["load"] = load
+    if timed:
+        _memory(timed, inputs, device)
+        (_time_gpu if device.type == "cuda" else _time_cpu)(timed, inputs, seconds, rounds)
+    _derive(case, rows, inputs, ceilings)
+    return rows
+
+
 def measure(
     case: Case,
     device: torch.device,
@@ -43,38 +97,9 @@ def measure(
     rounds: int,
     only: Sequence[str] = (),
 ) -> list[Row]:
-    """Rows of one case, one per provider, without the machine's description.
-
-    Args:
-        seconds: time spent on timing, shared by the providers; each is called at least once per round.
-        rounds: how often the providers take turns.
-        only: names of providers; all by default. Eager is always checked, since it sets the tolerance.
-    """
+    """:func:`prepare`, then :func:`clock`."""
     torch._dynamo.reset()  # every case compiles anew: recompilations are limited per function
-    load = os.getloadavg()[0]
-    inputs = case.inputs(device)
-    rows, timed = [], []
-    try:
-        truth, bounds = _truth(case, inputs, device)
-    except _CannotRun as error:
-        return [_row(case, p, status="not run", note=str(error)) for p in providers(case, device, only)]
-    for provider in providers(case, device, only):
-        row = _row(case, provider, load=round(load, 2), input_mb=sum(map(_nbytes, inputs)) / 1e6)
-        rows.append(row)
-        try:
-            _check(provider, inputs, truth, bounds, device, row)
-            if row["status"] == "ok":
-                timed.append((provider, row))
-        except Exception as error:  # whatever a provider dies of belongs into its row, not into the whole run
-            row.update(status="not run", note=f"{type(error).__name__}: {error}".splitlines()[0][:200])
-    del truth
-    _memory(timed, inputs, device)
-    if device.type == "cuda":
-        _time_gpu(timed, inputs, seconds, rounds)
-    else:
-        _time_cpu(timed, inputs, seconds, rounds)
-    _derive(case, rows, inputs, ceilings)
-    return rows
+    return clock(prepare(case, device, only), device, ceilings, seconds=seconds, rounds=rounds)
 
 
 class _CannotRun(Exception):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import zlib
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,15 +15,7 @@ from kdfast import backend
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", default="1/1", metavar="I/N", help="run the I-th of N parts of the tests")
-
-
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    part, parts = map(int, config.getoption("--shard").split("/"))
-    # Tests of one scenario stay together: they launch the same kernels, which the first of them compiles.
-    items[:] = [item for item in items if zlib.crc32(_group(item).encode()) % parts == part % parts]
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
@@ -30,14 +23,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1"))
 
 
-def _group(item: pytest.Item) -> str:
-    call = getattr(item, "callspec", None)
-    return str(call.params["scenario"]) if call and "scenario" in call.params else item.nodeid
-
-
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def device_still_answers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After an illegal access nothing on the device works in this process: it ends, so that other tests tell the truth."""
+    yield
+    if "gpu" not in request.keywords or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        message = f"{request.node.nodeid}: the device no longer answers: {str(error).splitlines()[0]}"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(message)
+        print(message, file=sys.__stderr__, flush=True)
+        os._exit(1)  # pytest-xdist names the test and starts another process
 
 
 needs_extension = pytest.mark.skipif(backend.why_not("cpu") is not None, reason=str(backend.why_not("cpu")))

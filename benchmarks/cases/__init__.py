@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..case import Case
 from . import (
     affinity,
@@ -49,12 +51,12 @@ HEADLINES = {
 }
 
 
-def select(ops: list[str] | None = None, substring: str = "") -> list[Case]:
-    """The cases of the families or ops named (all by default) whose name holds ``substring``."""
+def select(ops: Sequence[str] | None = None, substrings: Sequence[str] = ("",)) -> list[Case]:
+    """The cases of the families or ops named (all by default) whose name holds one of ``substrings``."""
     cases = [case for family in FAMILIES.values() for case in family.cases()]
     known = {case.family for case in cases} | {case.op or case.family for case in cases}
     unknown = set(ops or ()) - known
     if unknown:
         raise ValueError(f"op: got {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
     chosen = [case for case in cases if not ops or case.family in ops or case.op in ops]
-    return [case for case in chosen if substring.lower() in case.name.lower()]
+    return [case for case in chosen if any(s.lower() in case.name.lower() for s in substrings)]

@@ -1,0 +1,112 @@
+"""The suite by several processes: they compile and check at once, then time one after another.
+
+For machines where compiling takes most of the time, such as a GPU that is rented by the minute.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .case import Case
+from .ceilings import Ceilings
+from .measure import Prepared, Row, clock, prepare
+
+
+class Plan(NamedTuple):
+    """What every process is told. Times are on the clock of ``time.monotonic``, which they share."""
+
+    arguments: Sequence[str]  # of the command line: cases hold functions, so each process makes its own
+    places: Sequence[int]  # in the list of cases, in the order in which they are taken
+    device: torch.device
+    ceilings: Ceilings
+    seconds: float
+    rounds: int
+    only: Sequence[str]
+    prepared_by: float
+    end: float
+    profile: bool
+
+
+def run(plan: Plan, jobs: int) -> Iterator[tuple[list[Row], list[Row]]]:
+    """Rows of each case as it is timed, and the kernels of its providers where the plan asks for them."""
+    context = torch.multiprocessing.get_context("spawn")
+    results, taken, ready = context.Queue(), context.Value("i", 0), context.Value("i", 0)
+    turn = context.Lock()
+    workers = [
+        context.Process(target=_work, args=(plan, jobs, results, taken, ready, turn), daemon=True)
+        for _ in range(jobs)
+    ]
+    for worker in workers:
+        worker.start()
+    working = jobs
+    while working:
+        try:
+            found = results.get(timeout=1)
+        except queue.Empty:
+            # A process that died (a kernel that ran over its memory takes the whole process) says nothing any more.
+            working = min(working, sum(worker.is_alive() for worker in workers))
+            continue
+        if found is None:
+            working -= 1
+        else:
+            yield found
+    for worker in workers:
+        worker.join(timeout=10)
+
+
+def _work(plan: Plan, jobs: int, results: Any, taken: Any, ready: Any, turn: Any) -> None:
+    from .__main__ import parse
+
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the processes are the parallelism
+    torch._dynamo.config.recompile_limit = 64  # several cases share a function
+    cases = parse(plan.arguments).cases
+    held: list[Prepared] = []
+    while (case := _next(plan, cases, taken)) is not None:
+        held.append(prepare(case, plan.device, plan.only))
+        if plan.device.type == "cuda" and not _healthy():
+            results.put((held.pop().rows, []))
+            held.clear()
+            break
+    with ready.get_lock():
+        ready.value += 1
+    while ready.value < jobs and time.monotonic() < plan.prepared_by:
+        time.sleep(0.1)
+    for prepared in held:
+        with turn:
+            if time.monotonic() < plan.end:
+                results.put(_timed(plan, prepared))
+    results.put(None)
+
+
+def _next(plan: Plan, cases: Sequence[Case], taken: Any) -> Case | None:
+    with taken.get_lock():
+        place, taken.value = taken.value, taken.value + 1
+    late = time.monotonic() > plan.prepared_by
+    return None if late or place >= len(plan.places) else cases[plan.places[place]]
+
+
+def _healthy() -> bool:
+    """Whether the device still answers: after an illegal access nothing in this process does."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _timed(plan: Plan, prepared: Prepared) -> tuple[list[Row], list[Row]]:
+    from .kernels import kernels
+
+    try:
+        rows = clock(prepared, plan.device, plan.ceilings, seconds=plan.seconds, rounds=plan.rounds)
+        return rows, kernels(prepared, plan.device) if plan.profile else []
+    except Exception as error:  # the next case may work
+        note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return [row | {"status": "not run", "note": note} for row in prepared.rows], []
