@@ -54,6 +54,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--prepare", type=float, default=0.6, metavar="SHARE", help="of the minutes, for --jobs (%(default)s)"
     )
     parser.add_argument(
+        "--hold", type=Path, metavar="FILE", help="time nothing while FILE exists (with --jobs)"
+    )
+    parser.add_argument(
         "--profile", type=Path, metavar="CSV", help="write the kernels of each step (with --jobs)"
     )
     parser.add_argument("--rounds", type=int, help="how often the providers take turns (7)")
@@ -146,7 +149,7 @@ def _measured(
     plan = jobs.Plan(
         sys.argv[1:] if arguments is None else arguments, [options.cases.index(case) for case in cases],
         device, ceilings, seconds, rounds, options.provider, start + options.prepare * limit, start + limit,
-        options.profile is not None,
+        options.profile is not None, options.hold,
     )  # fmt: skip
     profiled: list[Row] = []
     for found, kernels in jobs.run(plan, options.jobs):

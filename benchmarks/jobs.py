@@ -9,6 +9,7 @@ import os
 import queue
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ class Plan(NamedTuple):
     prepared_by: float
     end: float
     profile: bool
+    hold: Path | None  # nothing is timed while this file exists
 
 
 def run(plan: Plan, jobs: int) -> Iterator[tuple[list[Row], list[Row]]]:
@@ -62,20 +64,23 @@ def run(plan: Plan, jobs: int) -> Iterator[tuple[list[Row], list[Row]]]:
 
 def _work(plan: Plan, jobs: int, results: Any, taken: Any, ready: Any, turn: Any) -> None:
     from .__main__ import parse
+    from .kernels import warm_up
 
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the processes are the parallelism
     torch._dynamo.config.recompile_limit = 64  # several cases share a function
     cases = parse(plan.arguments).cases
     held: list[Prepared] = []
+    if plan.profile and plan.device.type == "cuda":
+        warm_up()
     while (case := _next(plan, cases, taken)) is not None:
         held.append(prepare(case, plan.device, plan.only))
-        if plan.device.type == "cuda" and not _healthy():
+        if plan.device.type == "cuda" and not healthy():
             results.put((held.pop().rows, []))
             held.clear()
             break
     with ready.get_lock():
         ready.value += 1
-    while ready.value < jobs and time.monotonic() < plan.prepared_by:
+    while (ready.value < jobs and time.monotonic() < plan.prepared_by) or (plan.hold and plan.hold.exists()):
         time.sleep(0.1)
     for prepared in held:
         with turn:
@@ -91,7 +96,7 @@ def _next(plan: Plan, cases: Sequence[Case], taken: Any) -> Case | None:
     return None if late or place >= len(plan.places) else cases[plan.places[place]]
 
 
-def _healthy() -> bool:
+def healthy() -> bool:
     """Whether the device still answers: after an illegal access nothing in this process does."""
     try:
         torch.cuda.synchronize()

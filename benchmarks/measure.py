@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 # Errors below this pass whatever eager's own error is; relative to the largest element.
 FLOOR = 4 * torch.finfo(torch.float32).eps
-MOST_COPIES = 64  # of the inputs in one CUDA graph
+MOST_COPIES, MOST_CALLS = 16, 8  # of the inputs in one CUDA graph, and in a row of calls from the host
 SHARE_OF_MEMORY = 0.6
 
 
@@ -229,12 +229,8 @@ def _time_gpu(timed: list[tuple[Provider, Row]], inputs: list[Tensor], seconds: 
     The copies fill twice the L2 cache if MOST_COPIES of them can; smaller inputs stay in it, as in
     training.
     """
-    size = sum(map(_nbytes, inputs))
-    cache = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
-    copies = min(max(2, -(-2 * cache // size)), MOST_COPIES)
-    sets = [inputs] + [
-        [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs] for _ in range(copies - 1)
-    ]
+    sets = _copies(inputs)
+    copies = len(sets)
     graphs, kernel, wall = {}, {}, {}
     for provider, row in timed:
         kernel[provider.name], wall[provider.name] = [], []
@@ -249,11 +245,20 @@ def _time_gpu(timed: list[tuple[Provider, Row]], inputs: list[Tensor], seconds: 
             if provider.name in graphs:
                 kernel[provider.name] += [t / copies for t in _replay(graphs[provider.name][0], share)]
             with provider.context():
-                wall[provider.name] += _wall_gpu(provider.fn, sets, share)
+                wall[provider.name] += _wall_gpu(provider.fn, sets[:MOST_CALLS], share)
     for provider, row in timed:
         row["wall_ms"] = statistics.median(wall[provider.name]) * 1e3
         if kernel[provider.name]:
             _summarise(row, kernel[provider.name])
+
+
+def _copies(inputs: list[Tensor]) -> list[list[Tensor]]:
+    size = sum(map(_nbytes, inputs))
+    cache = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
+    copies = min(max(2, -(-2 * cache // size)), MOST_COPIES)
+    return [inputs] + [
+        [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs] for _ in range(copies - 1)
+    ]
 
 
 def _graph(fn: Callable[..., Tensor], sets: Sequence[Sequence[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list]:
