@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import kdfast
-from benchmarks import ceilings, memory, report
+from benchmarks import ceilings, memory, report, sweep
+from benchmarks import measure as measure_module
 from benchmarks.__main__ import main
 from benchmarks.case import Baseline, Case, pair
 from benchmarks.cases import HEADLINES, select
@@ -121,6 +122,33 @@ def test_a_run_that_ran_out_of_time_is_resumed(tmp_path, capsys):
     (folder,) = tmp_path.iterdir()
     assert {row["case"] for row in report.read(folder / "direction.csv")} == {cases[0].name}
     assert (folder / "roofline.png").stat().st_size > 0
+
+
+def test_processes_prepare_at_once_and_time_in_turn(tmp_path):
+    command = ["--device", "cpu", "--op", "direction", "--provider", "eager", "cpu", "--seconds", "0.05"]
+    command += ["--case", "[128, 64]", "[512, 256]", "--jobs", "2", "--minutes", "2", "--commit", "abc"]
+    profile = tmp_path / "kernels.csv"
+    assert main([*command, "--out", str(tmp_path), "--profile", str(profile)]) == 0
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    rows = report.read(folder / "direction.csv")
+    assert {(row["case"], row["provider"]) for row in rows} >= {
+        (case.name, "eager") for case in select(["direction"], ["[128, 64]", "[512, 256]"])
+    }
+    assert all(float(row["median_ms"]) > 0 for row in rows if row["status"] == "ok")
+    assert {row["kernel"] for row in report.read(profile)} if rows[-1]["status"] == "ok" else True
+
+
+def test_patch_of_a_variant_lasts_as_long_as_its_call():
+    place = "benchmarks.measure:MOST_COPIES"
+    more = measure_module.MOST_COPIES + 1
+    with sweep.patched({place: more}):
+        assert more == measure_module.MOST_COPIES
+    assert more == measure_module.MOST_COPIES + 1
+    with (
+        pytest.raises(AttributeError, match="no_such_name"),
+        sweep.patched({"benchmarks.measure:no_such_name": 1}),
+    ):
+        pass
 
 
 def test_peak_memory_sees_every_allocation():
