@@ -135,7 +135,8 @@ def test_processes_prepare_at_once_and_time_in_turn(tmp_path):
         (case.name, "eager") for case in select(["direction"], ["[128, 64]", "[512, 256]"])
     }
     assert all(float(row["median_ms"]) > 0 for row in rows if row["status"] == "ok")
-    assert {row["kernel"] for row in report.read(profile)} if rows[-1]["status"] == "ok" else True
+    if rows[-1]["status"] == "ok":
+        assert report.read(profile)
 
 
 def test_patch_of_a_variant_lasts_as_long_as_its_call():
