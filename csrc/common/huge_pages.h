@@ -49,16 +49,16 @@ inline bool huge_pages_on_request() {
 
 // Takes the request back once the tensor is written: its pages stay as they are, but small blocks that malloc
 // later puts there do not each occupy 2 MB.
-class HugePages {
+class HugePagesUntilWritten {
  public:
-  HugePages(void* data, int64_t bytes) : data_(data), bytes_(bytes) {}
-  ~HugePages() {
+  HugePagesUntilWritten(void* data, int64_t bytes) : data_(data), bytes_(bytes) {}
+  ~HugePagesUntilWritten() {
 #if defined(__linux__) && defined(MADV_NOHUGEPAGE)
     if (huge_pages_on_request()) advise(data_, bytes_, MADV_NOHUGEPAGE);
 #endif
   }
-  HugePages(const HugePages&) = delete;
-  HugePages& operator=(const HugePages&) = delete;
+  HugePagesUntilWritten(const HugePagesUntilWritten&) = delete;
+  HugePagesUntilWritten& operator=(const HugePagesUntilWritten&) = delete;
 
  private:
   void* data_;

@@ -181,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_mask_with_gradient_cpu(const Tensor
   check_same(student, teacher, "student and teacher");
   // First of all, so that it finds the memory that the gradient before it had.
   Tensor gradient = new_gradient(student);
-  const HugePages pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
+  const HugePagesUntilWritten pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
   Tensor loss = empty(student, {}), terms = empty(student, {2, 3});
   const Settings settings{temperature,  transfer_weight, masked_weight, softmax_of_sum,
                           channel_mask, with_signed,     false,         false};

@@ -89,7 +89,7 @@ Tensor attention_mask_backward_cpu(const Tensor& x, std::optional<Tensor> other,
   KD_CHECK(given <= 1 + with_signed, "attention_mask_backward: grad_spatial has ", given,
            " kinds of means, at most ", 1 + with_signed, " are compared");
   Tensor out = new_gradient(x);
-  const HugePages pages(out.data_ptr(), out.numel() * out.element_size());
+  const HugePagesUntilWritten pages(out.data_ptr(), out.numel() * out.element_size());
   with_accumulator(x, [&](auto zero) {
     using A = decltype(zero);
     const int64_t pixels = x.size(0) * x.size(2) * x.size(3), channels = x.size(0) * x.size(1);
