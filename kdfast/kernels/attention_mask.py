@@ -27,7 +27,8 @@ ELEMENTS, PER_THREAD = 8192, 32
 MOST_CHANNELS = 1024  # of a tile; more are read twice, the second time from the cache
 LEAST_PIXELS, MOST_PIXELS = 8, 256
 PROGRAMS = 264  # with fewer, tiles have fewer pixels: two for each multiprocessor of an H200
-STEPS = 4  # tiles of a program at most, where there are many: sums over pixels are left once for all of them
+REGISTERS: int | None = None  # of a thread of a forward pass at most
+STEPS = 1  # tiles of a program at most, where there are many: sums over pixels are left once for all of them
 # Backward tiles.
 GRADIENT_ELEMENTS, GRADIENT_WARPS = 2048, 4
 GRADIENT_PIXELS, GRADIENT_PIXELS_CHANNELS_LAST = 256, 8
@@ -39,6 +40,10 @@ def _split(value: float) -> tuple[float, float]:
     """A number in two parts, since kernels take float32: enough for float64."""
     high = ctypes.c_float(value).value
     return high, value - high
+
+
+def _registers() -> dict[str, int]:
+    return {} if REGISTERS is None or torch.version.hip is not None else {"maxnreg": REGISTERS}
 
 
 def _is_flat(x: Tensor) -> bool:
@@ -69,6 +74,9 @@ class _Call:
         else:
             self.unit = 1
         self.units = self.count // self.unit if self.planar else self.count
+        # What is beyond a map's last row or column is not read, but its address is computed.
+        room = [(n + 1024) * abs(v) for m in maps for n, v in zip(m.shape[1:], m.stride()[1:], strict=True)]
+        self.far = sum(room) >= 2**31
         self.wide = self.dtype == torch.float64
         self.acc = tl.float64 if self.wide else tl.float32
 
@@ -82,7 +90,8 @@ class _Call:
         return Map(x, b // unit, c, h, pixel, x.shape[3])
 
     def config(self, channels: int, pixels: int) -> Config:
-        return Config(channels, pixels, self.flat, self.planar, self.unit, self.acc)
+        whole = self.channels % channels == 0
+        return Config(channels, pixels, self.flat, self.planar, self.unit, whole, self.far, self.acc)
 
     def new(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=self.dtype)
@@ -173,7 +182,7 @@ def attention_mask(
         if batch > 0:
             pool_pair[(batch * blocks,)](
                 call.map(student), call.map(teacher), absolute, spatial[-1], workspace, batch, channels, call.units,
-                blocks, steps, temperature, config, o, num_warps=warps,
+                blocks, steps, temperature, config, o, num_warps=warps, **_registers(),
             )  # fmt: skip
             strips, chunks = triton.cdiv(channels, STRIP), triton.cdiv(call.count, CHUNK)
             masks[(batch * (o.kinds * strips + chunks),)](

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._zeros import tile, vector
-from .attention_mask_passes import load_tile, number, pixel_count, store_terms, sum_of
+from .attention_mask_passes import inside_tile, load_tile, number, pixel_count, store_terms, sum_of
 
 
 class Options(NamedTuple):
@@ -117,7 +117,7 @@ def pool_pair(
         inside = pixels < count
         if o.once:
             index = tl.arange(0, c.channels)
-            ok = (index < channels)[:, None] & inside[None, :]
+            ok = inside_tile(index, channels, inside, c)
             a, b = load_tile(x, image, index, pixels, ok, c), load_tile(y, image, index, pixels, ok, c)
             _by_channel(a, b, parts + index, parts_size, index < channels, step, o)
             s, t, plain, plain_t, errors = _by_pixel(a, b, o)
@@ -126,7 +126,7 @@ def pool_pair(
             plain_t, errors = vector(c.pixels, c.acc), vector(c.pixels, c.acc)
             for start in range(0, channels, c.channels):
                 index = start + tl.arange(0, c.channels)
-                ok = (index < channels)[:, None] & inside[None, :]
+                ok = inside_tile(index, channels, inside, c)
                 a, b = load_tile(x, image, index, pixels, ok, c), load_tile(y, image, index, pixels, ok, c)
                 _by_channel(a, b, parts + index, parts_size, index < channels, step, o)
                 more, more_t, more_plain, more_plain_t, more_errors = _by_pixel(a, b, o)
@@ -168,7 +168,7 @@ def pool_pair(
             else:
                 for start in range(0, channels, c.channels):
                     index = start + tl.arange(0, c.channels)
-                    ok = (index < channels)[:, None] & inside[None, :]
+                    ok = inside_tile(index, channels, inside, c)
                     d = load_tile(x, image, index, pixels, ok, c) - load_tile(y, image, index, pixels, ok, c)
                     ok = index < channels
                     _weighted(d, weight, weight_t, to + index, parts_size, ok, share, share_t, step, o)

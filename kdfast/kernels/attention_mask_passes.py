@@ -34,6 +34,8 @@ class Config(NamedTuple):
     flat: bool  # pixels lie along one stride
     planar: bool  # pixels are neighbours in memory, else channels
     unit: int  # divides image stride, channel (or pixel) stride and, where planar, pixels; Triton sees 16s alone
+    whole: bool  # a tile has all channels and no other rows
+    wide: bool  # offsets inside an image need 64 bits
     acc: tl.dtype
 
 
@@ -49,13 +51,20 @@ def pixel_count(units, c: tl.constexpr):
 
 @triton.jit
 def load_tile(m, image, channels, pixels, ok, c: tl.constexpr):
-    """A tile [channels, pixels] of the map, 0 where not ``ok``."""
+    """A tile [channels, pixels] of the map, 0 where not ``ok``; see :func:`inside_tile`."""
     return tl.load(_address(m, image, channels, pixels, c), ok, other=0.0).to(c.acc)
 
 
 @triton.jit
+def inside_tile(index, channels, inside, c: tl.constexpr):
+    """Which elements of a tile there are."""
+    return inside[None, :] if c.whole else (index < channels)[:, None] & inside[None, :]
+
+
+@triton.jit
 def _address(m, image, channels, pixels, c: tl.constexpr):
-    channels, pixels = channels.to(tl.int64), pixels.to(tl.int64)
+    if c.wide:
+        channels, pixels = channels.to(tl.int64), pixels.to(tl.int64)
     start = m.data + image.to(tl.int64) * c.unit * m.image
     if c.planar:
         offsets = pixels * m.pixel
@@ -86,7 +95,7 @@ def pool(x, spatial, parts, batch, channels, units, blocks, c: tl.constexpr, SIG
     for start in range(0, channels, c.channels):
         index = start + tl.arange(0, c.channels)
         known = index < channels
-        v = load_tile(x, image, index, pixels, known[:, None] & inside[None, :], c)
+        v = load_tile(x, image, index, pixels, inside_tile(index, channels, inside, c), c)
         absolute += tl.sum(tl.abs(v), 0)
         tl.store(parts + index, tl.sum(tl.abs(v), 1) / count, known)
         if SIGNED:
@@ -110,7 +119,7 @@ def errors(
     total = vector(c.pixels, c.acc)
     for start in range(0, channels, c.channels):
         index = start + tl.arange(0, c.channels)
-        ok = (index < channels)[:, None] & inside[None, :]
+        ok = inside_tile(index, channels, inside, c)
         d = load_tile(x, image, index, pixels, ok, c) - load_tile(y, image, index, pixels, ok, c)
         factor = tl.load(channel_mask + image * channels + index, index < channels, other=0.0).to(c.acc)
         total += tl.sum(d * d * factor[:, None], 0)
@@ -192,7 +201,7 @@ def gradient(
     image, count = image.to(tl.int64), pixel_count(units, c)
     index = tl.program_id(1) * c.channels + tl.arange(0, c.channels)
     inside, known = pixels < count, index < channels
-    ok = known[:, None] & inside[None, :]
+    ok = inside_tile(index, channels, inside, c)
     at_pixel, at_channel = image * count + pixels, image * channels + index
     pixel_size, channel_size = batch.to(tl.int64) * count, batch.to(tl.int64) * channels
     value = load_tile(x, image, index, pixels, ok, c)
