@@ -19,7 +19,7 @@ from torch import Tensor
 from ..reference._common import accumulator
 from ..reference.attention_mask import Settings
 from ._launch import on_device
-from .attention_mask_forward import STATS, Options, masks, pool_pair
+from .attention_mask_forward import RESULTS, STATS, Options, masks, pool_pair
 from .attention_mask_passes import Config, Map, errors, finish, gradient, pool
 
 # Forward tiles, all channels of some pixels of both maps in registers: elements, and values per thread of each map.
@@ -175,7 +175,7 @@ def attention_mask(
     absolute = spatial[0] if s.pairs and (s.through or not s.signed) else call.new(2, batch, *call.size)
     config, warps, steps, blocks = call.tiles()
     o = _options(s, at_once, config.channels >= channels)
-    numbers = 3 * batch + batch * blocks * STATS.value + o.kinds * batch * (blocks + 1) * channels
+    numbers = RESULTS.value * batch + batch * blocks * STATS.value + o.kinds * batch * (blocks + 1) * channels
     workspace = call.new(numbers + batch + 1)
     temperature = _split(s.temperature)
     with on_device(student):
@@ -185,7 +185,7 @@ def attention_mask(
                 blocks, steps, temperature, config, o, num_warps=warps, **_registers(),
             )  # fmt: skip
             strips, chunks = triton.cdiv(channels, STRIP), triton.cdiv(call.count, CHUNK)
-            masks[(batch * (o.kinds * strips + chunks),)](
+            masks[(batch * (1 + o.kinds * strips + chunks),)](
                 absolute, spatial_mask, channel[0], channel[-1], channel_mask, workspace, loss, terms, batch, channels,
                 call.units, blocks, strips, chunks, temperature, _split(s.transfer_weight), _split(s.masked_weight),
                 config, o, CHUNK, STRIP, ROWS, BLOCK, num_warps=MASK_WARPS,

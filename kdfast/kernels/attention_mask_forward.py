@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._zeros import tile, vector
-from .attention_mask_passes import inside_tile, load_tile, number, pixel_count, store_terms, sum_of
+from .attention_mask_passes import inside_tile, load_past, load_tile, number, pixel_count, store_terms, sum_of
 
 
 class Options(NamedTuple):
@@ -35,14 +35,16 @@ class Options(NamedTuple):
 
 # Of a block: largest, sum and error of the student's softmax (or the sum's), of the teacher's; squares for L_AT.
 STATS = tl.constexpr(7)
+# Of an image: masked error, squares of spatial and of channel attention; sum and error of each softmax.
+RESULTS = tl.constexpr(7)
 
 
 @triton.jit
 def _workspace(data, batch, blocks, channels, KINDS: tl.constexpr):
-    """stats [B, STATS, blocks], results [3, B], sums [KINDS, B, C], parts [KINDS, B, blocks, C], counters [B + 1]."""
+    """stats [B, STATS, blocks], results [RESULTS, B], sums [KINDS, B, C], parts [KINDS, B, blocks, C], counters [B + 1]."""
     batch = batch.to(tl.int64)
     results = data + batch * blocks * STATS
-    sums = results + 3 * batch
+    sums = results + RESULTS * batch
     parts = sums + KINDS * batch * channels
     counters = parts + KINDS * batch * blocks * channels
     return data, results, sums, parts, counters.to(tl.pointer_type(tl.int32))
@@ -219,24 +221,27 @@ def masks(
 
     channel [1 or 2, B, C]: what L_AT compares; kept [2, B, C]: means of |A|, with ``o.through``.
 
-    Per image ``strips`` programs of every kind add up parts, the last of which makes the channel mask, in the last
-    image the loss too; ``chunks`` programs make the spatial mask. Counters are exact, so the result does not depend on
-    which are last. Grid: (B * (kinds * strips + chunks),).
+    Per image one program adds up stats and ``strips`` programs of every kind parts; the last of them makes the channel
+    mask, in the last image the loss too. ``chunks`` programs make the spatial mask. What the last one adds up does not
+    depend on which it is. Grid: (B * (1 + kinds * strips + chunks),).
     """
-    adding = o.kinds * strips
+    adding = o.kinds * strips + 1
     image, task = (tl.program_id(0) // (adding + chunks)).to(tl.int64), tl.program_id(0) % (adding + chunks)
     count, inverse = pixel_count(units, c), 1 / number(temperature, c.acc)
     stats, results, sums, parts, counters = _workspace(workspace, batch, blocks, channels, o.kinds)
     stats += image * STATS * blocks
     if task < adding:
-        _add_parts(
-            stats, parts, sums, image, task // strips, task % strips, batch, channels, blocks, inverse,
-            c, o, STRIP, ROWS, BLOCK,
-        )  # fmt: skip
+        if task == 0:
+            _add_stats(stats, results + image, batch, blocks, inverse, c, o, BLOCK)
+        else:
+            kind, strip = (task - 1) // strips, (task - 1) % strips
+            _add_parts(
+                stats, parts, sums, image, kind, strip, batch, channels, blocks, inverse, c, o, STRIP, ROWS, BLOCK
+            )  # fmt: skip
         tl.debug_barrier()  # what all threads wrote comes before the count
         if tl.atomic_add(counters + image, 1) == adding - 1:
             _channel_mask(
-                stats, sums, results, kept, channel, channel_mask, image, batch, channels, count, blocks, inverse,
+                sums, results + image, kept, channel, channel_mask, image, batch, channels, count, inverse,
                 c, o, BLOCK,
             )  # fmt: skip
             tl.debug_barrier()
@@ -247,20 +252,9 @@ def masks(
                     c.acc, o.transfer, BLOCK,
                 )  # fmt: skip
     else:
+        chunk = task - adding
         _spatial_mask(
-            stats,
-            absolute,
-            spatial_mask,
-            image,
-            task - adding,
-            batch,
-            count,
-            blocks,
-            inverse,
-            c,
-            o,
-            CHUNK,
-            BLOCK,
+            stats, absolute, spatial_mask, image, chunk, batch, count, blocks, inverse, c, o, CHUNK, BLOCK
         )
 
 
@@ -281,6 +275,18 @@ def _spatial_mask(
         weight = tl.exp((s - most) * inverse) * (count / total)
         weight = (weight + tl.exp((t - most_t) * inverse) * (count / total_t)) / 2
     tl.store(out + at, weight, inside)
+
+
+@triton.jit
+def _add_stats(stats, results, batch, blocks, inverse, c: tl.constexpr, o: tl.constexpr, BLOCK: tl.constexpr):
+    _, total, error = _softmax_terms(stats, blocks, inverse, c.acc, BLOCK)
+    tl.store(results + 3 * batch, total)
+    tl.store(results + 4 * batch, error)
+    if not o.softmax_of_sum:
+        _, total, error = _softmax_terms(stats + 3 * blocks, blocks, inverse, c.acc, BLOCK)
+        tl.store(results + 5 * batch, total)
+        tl.store(results + 6 * batch, error)
+    tl.store(results + batch, sum_of(stats + 6 * blocks, blocks, c.acc, BLOCK))
 
 
 @triton.jit
@@ -314,59 +320,63 @@ def _add_parts(
 
 
 @triton.jit
-def _mean(sums, index, ok, count):
-    """Past L1: other programs wrote it."""
-    return tl.load(sums + index, ok, other=0.0, cache_modifier=".cg") / count
-
-
-@triton.jit
-def _channel_softmax(
-    sums, size, n, count, inverse, acc: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Largest mean of n, and the sum of exp((mean - largest) * inverse); SUM: of sums of two."""
-    most, total = tl.full([BLOCK], float("-inf"), acc), vector(BLOCK, acc)
-    for start in range(0, n, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        v = _mean(sums, index, index < n, count)
-        if SUM:
-            v += _mean(sums + size, index, index < n, count)
-        v = tl.where(index < n, v, float("-inf"))
-        both = tl.maximum(most, v)
-        shift = tl.where(both == float("-inf"), 0.0, both)
-        total = total * tl.exp((most - shift) * inverse) + tl.exp((v - shift) * inverse)
-        most = both
+def _highest(most, total, inverse):
+    """Of sums relative to their own largest: the largest of all, and the sum relative to it."""
     highest = tl.max(most, 0)
     return highest, tl.sum(total * tl.exp((most - highest) * inverse), 0)
 
 
 @triton.jit
+def _added(most, total, v, ok, inverse):
+    v = tl.where(ok, v, float("-inf"))
+    both = tl.maximum(most, v)
+    shift = tl.where(both == float("-inf"), 0.0, both)
+    return both, total * tl.exp((most - shift) * inverse) + tl.exp((v - shift) * inverse)
+
+
+@triton.jit
+def _channel_softmaxes(
+    sums, size, n, count, inverse, acc: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Of student's and teacher's means (SUM: of their sum, twice): the largest, and the sum of exponentials."""
+    most, total = tl.full([BLOCK], float("-inf"), acc), vector(BLOCK, acc)
+    most_t, total_t = most, total
+    for start in range(0, n, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        ok = index < n
+        s, t = load_past(sums + index, ok) / count, load_past(sums + size + index, ok) / count
+        most, total = _added(most, total, s + t if SUM else s, ok, inverse)
+        if not SUM:
+            most_t, total_t = _added(most_t, total_t, t, ok, inverse)
+    highest, divisor = _highest(most, total, inverse)
+    highest_t, divisor_t = highest, divisor
+    if not SUM:
+        highest_t, divisor_t = _highest(most_t, total_t, inverse)
+    return highest, divisor, highest_t, divisor_t
+
+
+@triton.jit
 def _channel_mask(
-    stats, sums, results, kept, channel, channel_mask, image, batch, channels, count, blocks, inverse,
+    sums, results, kept, channel, channel_mask, image, batch, channels, count, inverse,
     c: tl.constexpr, o: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one image: channel attention and mask, and its results: masked error and both squares for L_AT."""
+    """Of one image: channel attention and mask, its masked error and its squares of channel attention."""
     sums += image * channels
     size = batch.to(tl.int64) * channels
-    square, error, error_t = tl.sum(vector(BLOCK, c.acc), 0), tl.full([], 0, c.acc), tl.full([], 0, c.acc)
-    _, total, plain_error = _softmax_terms(stats, blocks, inverse, c.acc, BLOCK)
-    total_t, plain_error_t = total, plain_error
+    square, errors, errors_t = vector(BLOCK, c.acc), vector(BLOCK, c.acc), vector(BLOCK, c.acc)
+    total, error = load_past(results + 3 * batch, True), load_past(results + 4 * batch, True)
     if not o.softmax_of_sum:
-        _, total_t, plain_error_t = _softmax_terms(stats + 3 * blocks, blocks, inverse, c.acc, BLOCK)
+        total_t, error_t = load_past(results + 5 * batch, True), load_past(results + 6 * batch, True)
     if o.channel_mask:
-        highest, divisor = _channel_softmax(
+        highest, divisor, highest_t, divisor_t = _channel_softmaxes(
             sums, size, channels, count, inverse, c.acc, o.softmax_of_sum, BLOCK
         )
-        highest_t, divisor_t = highest, divisor
-        if not o.softmax_of_sum:
-            highest_t, divisor_t = _channel_softmax(
-                sums + size, size, channels, count, inverse, c.acc, False, BLOCK
-            )
     for start in range(0, channels, BLOCK):
         index = start + tl.arange(0, BLOCK)
         ok, at = index < channels, image * channels + index
         weight = vector(BLOCK, c.acc) + 1
         if o.absolute > 0:
-            s, t = _mean(sums, index, ok, count), _mean(sums + size, index, ok, count)
+            s, t = load_past(sums + index, ok) / count, load_past(sums + size + index, ok) / count
             if o.through:
                 tl.store(kept + at, s, ok)
                 tl.store(kept + size + at, t, ok)
@@ -376,30 +386,30 @@ def _channel_mask(
             else:
                 weight = tl.exp((s - highest) * inverse) * (channels / divisor)
                 weight = (weight + tl.exp((t - highest_t) * inverse) * (channels / divisor_t)) / 2
-        tl.store(channel_mask + at, weight, ok)
-        if o.signed:
-            s = _mean(sums + o.absolute * size, index, ok, count)
-            if o.pairs:
-                t = _mean(sums + (o.absolute + 1) * size, index, ok, count)
-        if o.pairs:
-            tl.store(channel + at, s, ok)
-            tl.store(channel + size + at, t, ok)
-        d = s if o.signed and not o.pairs else s - t
-        if not o.pairs:
-            tl.store(channel + at, d, ok)
-        square += tl.sum(tl.where(ok, d * d, 0.0), 0)
         if o.weighted > 0:
-            errors = sums + (o.absolute + o.plain) * size
-            error += tl.sum(tl.where(ok, weight * _mean(errors, index, ok, 1), 0.0), 0)
+            own = sums + (o.absolute + o.plain) * size + index
+            errors += weight * load_past(own, ok)
             if o.weighted == 2:
-                error_t += tl.sum(tl.where(ok, weight * _mean(errors + size, index, ok, 1), 0.0), 0)
+                errors_t += weight * load_past(own + size, ok)
+        if o.signed:
+            own = sums + o.absolute * size + index
+            s = load_past(own, ok) / count
+            if o.pairs:
+                t = load_past(own + size, ok) / count
+        d = s if o.signed and not o.pairs else s - t
+        square += tl.where(ok, d * d, 0.0)
+        tl.store(channel_mask + at, weight, ok)
+        tl.store(channel + at, s if o.pairs else d, ok)
+        if o.pairs:
+            tl.store(channel + size + at, t, ok)
     if o.errors:
-        if not o.channel_mask:
-            error, error_t = plain_error, plain_error_t
+        if o.weighted > 0:
+            error = tl.sum(errors, 0)
         if o.softmax_of_sum:
             error = error / total * count
         else:
+            if o.weighted > 0:
+                error_t = tl.sum(errors_t, 0)
             error = (error / total + error_t / total_t) * count / 2
-        tl.store(results + image, error)
-    tl.store(results + batch + image, sum_of(stats + 6 * blocks, blocks, c.acc, BLOCK))
-    tl.store(results + 2 * batch + image, square)
+        tl.store(results, error)
+    tl.store(results + 2 * batch, tl.sum(square, 0))

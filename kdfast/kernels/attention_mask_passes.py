@@ -132,11 +132,17 @@ def errors(
 
 
 @triton.jit
+def load_past(values, ok):
+    """Past L1: programs of the same launch may have written it."""
+    return tl.load(values, ok, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def sum_of(values, n, acc: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], acc)
     for start in range(0, n, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        total += tl.load(values + index, index < n, other=0.0, cache_modifier=".cg").to(acc)
+        total += load_past(values + index, index < n)
     return tl.sum(total, 0)
 
 
@@ -152,11 +158,13 @@ def store_terms(
 ):  # fmt: skip
     """Distances, what their gradients are divided by, and the loss, of squares [2, B] and the masked error."""
     transfer_weight, masked_weight = number(transfer_weight, ACC), number(masked_weight, ACC)
-    masked = tl.sqrt(error)
-    spatial, channel = masked * 0, masked * 0
+    spatial, channel = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     if TRANSFER:
-        spatial = tl.sqrt(sum_of(squares, batch, ACC, BLOCK))
-        channel = tl.sqrt(sum_of(squares + batch, batch, ACC, BLOCK))
+        for start in range(0, batch, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            spatial += load_past(squares + index, index < batch)
+            channel += load_past(squares + batch + index, index < batch)
+    masked, spatial, channel = tl.sqrt(error), tl.sqrt(tl.sum(spatial, 0)), tl.sqrt(tl.sum(channel, 0))
     tl.store(loss, transfer_weight * (spatial + channel) + masked_weight * masked)
     tl.store(terms, spatial)
     tl.store(terms + 1, channel)
