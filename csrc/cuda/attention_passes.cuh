@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) attention_pool(const __grid_constant
     float sums[2][kV] = {};
     const bool first = c == t.first_column;
     for (int64_t r = warp; r < t.rows; r += kWarps * kBatch<T>) {
-      float v[kBatch<T>][kV] = {};
+      Vector<T> v[kBatch<T>] = {};
 #pragma unroll
       for (int k = 0; k < kBatch<T>; ++k) {
         const int64_t row = r + k * kWarps;
@@ -86,8 +86,9 @@ __global__ void __launch_bounds__(kThreads) attention_pool(const __grid_constant
         float absolute = 0, plain = 0;
 #pragma unroll
         for (int i = 0; i < kV; ++i) {
-          absolute += fabsf(v[k][i]), sums[0][i] += fabsf(v[k][i]);
-          if (kSigned) plain += v[k][i], sums[1][i] += v[k][i];
+          const float value = to_float(v[k].v[i]);
+          absolute += fabsf(value), sums[0][i] += fabsf(value);
+          if (kSigned) plain += value, sums[1][i] += value;
         }
         absolute = warp_sum(absolute);
         if (kSigned) plain = warp_sum(plain);
@@ -240,7 +241,8 @@ __global__ void __launch_bounds__(kThreads) attention_errors(const __grid_consta
 #pragma unroll
     for (int i = 0; i < kV; ++i) weights[i] = column + i < t.columns ? column_weights[column + i] : 0.0f;
     for (int64_t r = warp; r < t.rows; r += kWarps * kBatch<T>) {
-      float a[kBatch<T>][kV] = {}, b[kBatch<T>][kV] = {}, weight[kBatch<T>] = {};
+      Vector<T> a[kBatch<T>] = {}, b[kBatch<T>] = {};
+      float weight[kBatch<T>] = {};
 #pragma unroll
       for (int k = 0; k < kBatch<T>; ++k) {
         const int64_t row = r + k * kWarps;
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kThreads) attention_errors(const __grid_consta
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < kV; ++i) {
-          const float square = (a[k][i] - b[k][i]) * (a[k][i] - b[k][i]);
+          const float d = to_float(a[k].v[i]) - to_float(b[k].v[i]), square = d * d;
           sum += weights[i] * square;
           if (kThrough) sums[i] += weight[k] * square;
         }
@@ -330,36 +332,40 @@ __global__ void __launch_bounds__(kThreads) attention_gradient(const __grid_cons
 #pragma unroll
     for (int i = 0; i < 3; ++i) scale[i] = *p.parts.grad_loss * p.parts.terms[kFactor + i];
   }
+  __shared__ Terms of_rows[kGradientRows];
+  if (threadIdx.x < kGradientRows && begin + threadIdx.x < end) {
+    of_rows[threadIdx.x] = terms_of(p, !s.planar, image, t.first_row + begin + threadIdx.x, scale);
+  }
+  __syncthreads();
   for (int64_t c = t.first_column; c < t.columns; c += kColumns<T>) {
     const int64_t column = c + lane * kV;
-    Terms of_columns[kV] = {};
-#pragma unroll
-    for (int i = 0; i < kV; ++i) {
-      if (column + i < t.columns) of_columns[i] = terms_of(p, s.planar, image, column + i, scale);
-    }
     // All loads of the warp's rows come before its first store, which the compiler could not know to be
     // elsewhere.
     constexpr int kRows = kGradientRows / kWarps;
-    float x[kRows][kV] = {}, y[kRows][kV] = {};
-    Terms of_rows[kRows] = {};
+    Vector<T> x[kRows] = {}, y[kRows] = {};
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
       const int64_t r = begin + warp + k * kWarps, row = t.first_row + r;
       if (r >= end) continue;
       load<T>(p.x, image, row, column, t.columns, x[k]);
       if (p.masked) load<T>(p.other, image, row, column, t.columns, y[k]);
-      of_rows[k] = terms_of(p, !s.planar, image, row, scale);
+    }
+    Terms of_columns[kV] = {};
+#pragma unroll
+    for (int i = 0; i < kV; ++i) {
+      if (column + i < t.columns) of_columns[i] = terms_of(p, s.planar, image, column + i, scale);
     }
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
       const int64_t r = begin + warp + k * kWarps;
+      const Terms of_row = of_rows[warp + k * kWarps];
       float g[kV];
 #pragma unroll
       for (int i = 0; i < kV; ++i) {
-        const float value = x[k][i], sign = of_rows[k].sign + of_columns[i].sign;
+        const float value = to_float(x[k].v[i]), sign = of_row.sign + of_columns[i].sign;
         g[i] = value > 0.0f ? sign : value < 0.0f ? -sign : 0.0f;
-        g[i] += of_rows[k].plain + of_columns[i].plain;
-        if (p.masked) g[i] += of_rows[k].weight * of_columns[i].weight * (value - y[k][i]);
+        g[i] += of_row.plain + of_columns[i].plain;
+        if (p.masked) g[i] += of_row.weight * of_columns[i].weight * (value - to_float(y[k].v[i]));
       }
       if (r < end && column < t.columns) store<T>(p.out, image, t.first_row + r, column, t.columns, g);
     }
