@@ -91,7 +91,7 @@ def _joined(most, new, inverse):
     return both, tl.exp((most - both) * inverse), tl.exp((new - both) * inverse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "blocks"])
 def pool_pair(
     x, y, absolute, compared, workspace, batch, channels, units, blocks, steps, temperature,
     c: tl.constexpr, o: tl.constexpr,
@@ -165,15 +165,15 @@ def pool_pair(
         if o.weighted > 0:
             to = parts + (o.absolute + o.plain) * parts_size
             if o.once:
-                ok = index < channels
-                _weighted(a - b, weight, weight_t, to + index, parts_size, ok, share, share_t, step, o)
+                _weighted(a - b, weight, weight_t, to, parts_size, index, channels, share, share_t, step, o)
             else:
                 for start in range(0, channels, c.channels):
-                    index = start + tl.arange(0, c.channels)
-                    ok = inside_tile(index, channels, inside, c)
-                    d = load_tile(x, image, index, pixels, ok, c) - load_tile(y, image, index, pixels, ok, c)
-                    ok = index < channels
-                    _weighted(d, weight, weight_t, to + index, parts_size, ok, share, share_t, step, o)
+                    row = start + tl.arange(0, c.channels)
+                    there = inside_tile(row, channels, inside, c)
+                    e = load_tile(x, image, row, pixels, there, c) - load_tile(
+                        y, image, row, pixels, there, c
+                    )
+                    _weighted(e, weight, weight_t, to, parts_size, row, channels, share, share_t, step, o)
         tl.debug_barrier()  # the next step may read parts in other threads
     stats += image * STATS * blocks + block
     tl.store(stats, most)
@@ -186,10 +186,12 @@ def pool_pair(
 
 
 @triton.jit
-def _weighted(d, weight, weight_t, to, size, ok, share, share_t, step, o: tl.constexpr):
-    _put(to, tl.sum(d * d * weight[None, :], 1), ok, share, step)
+def _weighted(d, weight, weight_t, to, size, index, channels, share, share_t, step, o: tl.constexpr):
+    """Errors by channel under the weights of each softmax."""
+    ok = index < channels
+    _put(to + index, tl.sum(d * d * weight[None, :], 1), ok, share, step)
     if o.weighted == 2:
-        _put(to + size, tl.sum(d * d * weight_t[None, :], 1), ok, share_t, step)
+        _put(to + size + index, tl.sum(d * d * weight_t[None, :], 1), ok, share_t, step)
 
 
 @triton.jit
@@ -210,7 +212,7 @@ def _softmax_terms(stats, blocks, inverse, acc: tl.constexpr, BLOCK: tl.constexp
     return highest, tl.sum(total * share, 0), tl.sum(error * share, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "blocks", "strips", "chunks"])
 def masks(
     absolute, spatial_mask, kept, channel, channel_mask, workspace, loss, terms, batch, channels, units, blocks, strips,
     chunks, temperature, transfer_weight, masked_weight,
