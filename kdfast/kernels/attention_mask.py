@@ -33,7 +33,7 @@ STEPS = 1  # tiles of a program at most, where there are many: sums over pixels 
 GRADIENT_ELEMENTS, GRADIENT_WARPS = 2048, 4
 GRADIENT_PIXELS, GRADIENT_PIXELS_CHANNELS_LAST = 256, 8
 # Of the masks: pixels of a program; channels of a program, and rows that it adds at once; block statistics.
-CHUNK, STRIP, ROWS, BLOCK, MASK_WARPS = 1024, 32, 128, 1024, 4
+CHUNK, STRIP, ROWS, BLOCK, MASK_WARPS = 1024, 32, 128, 1024, 8
 
 
 def _split(value: float) -> tuple[float, float]:
