@@ -7,6 +7,9 @@ import torch
 from attention_checks import SETTINGS, check, check_pool, layouts, maps
 
 from kdfast import backend
+from kdfast.ops.attention_mask import attention_mask
+
+kernels = pytest.importorskip("kdfast.kernels.attention_mask")
 
 pytestmark = [
     pytest.mark.interpret,
@@ -39,3 +42,33 @@ def test_float64_and_float16():
 @pytest.mark.parametrize("signed", [False, True])
 def test_pool(signed):
     check_pool("triton", maps(2, 5, 17, 19)[0], signed)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS[6], SETTINGS[3]], ids=str)
+@pytest.mark.parametrize("channels", [8, 64])
+def test_tiles(settings, channels, monkeypatch):
+    """Several tiles of pixels for a program, the last with fewer; maps that are read again, by tiles of channels."""
+    for name, value in {
+        "PROGRAMS": 1,
+        "STEPS": 3,
+        "MOST_CHANNELS": channels,
+        "STRIP": 4,
+        "ROWS": 2,
+        "BLOCK": 4,
+    }.items():
+        monkeypatch.setattr(kernels, name, value)
+    monkeypatch.setattr(kernels, "ELEMENTS", 8 * channels)
+    monkeypatch.setattr(kernels, "CHUNK", 16)
+    check("triton", *maps(1, 20, 13, 7), **settings)
+
+
+def test_equal_maps_and_nan():
+    x = maps(2, 5, 3, 7)[0]
+    with backend.use_backend("triton"):
+        for chosen in (SETTINGS[6], SETTINGS[-3]):
+            s = x.clone().requires_grad_()
+            loss, distances = attention_mask(s, x, **chosen, pooled=False)[:2]
+            assert loss == 0 and not distances.any()
+            assert not torch.autograd.grad(loss, s)[0].any()
+        x[0, 1, 2, 3] = float("nan")
+        assert attention_mask(x, maps(2, 5, 3, 7)[1], **SETTINGS[6])[0].isnan()

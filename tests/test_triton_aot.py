@@ -55,7 +55,7 @@ def _logits(kind, classes, dtype, temperature=4.0):
 
 def _attention(shape, dtype, channels_last=False, signed=False, through=False, flat=True):
     def call():
-        from kdfast.kernels.attention_mask import attention_mask, attention_mask_backward
+        from kdfast.kernels.attention_mask import attention_mask, attention_mask_backward, attention_pool
 
         x = torch.empty(shape, dtype=dtype, device="meta")
         x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
@@ -65,7 +65,7 @@ def _attention(shape, dtype, channels_last=False, signed=False, through=False, f
         given = [v[:, 0] for v in small[:2]] if through else [None, None]
         attention_mask_backward(x, x, loss, terms, *small, *given, 0, signed)
         nothing = (None,) * 7
-        attention_mask_backward(x, *nothing, *(v[:, 0] for v in small[:2]), 0, signed)
+        attention_mask_backward(x, *nothing, *attention_pool(x, signed), 0, signed)
 
     return call
 
@@ -148,6 +148,10 @@ CASES = {
     "attention-f32-channels-last-through": ("highest", _attention((2, 256, 50, 84), f32, True, through=True)),
     "attention-f32-strided": ("highest", _attention((2, 256, 13, 22), f32, flat=False)),
     "attention-f32-small": ("highest", _attention((2, 5, 3, 7), f32, signed=True, through=True)),
+    # More channels than a tile has, for one image; one image alone makes sizes of 1, which Triton takes for constants.
+    "attention-f32-wide": ("highest", _attention((1, 2048, 25, 42), f32)),
+    "attention-bf16-wide-through": ("highest", _attention((1, 2048, 13, 21), bf16, True, through=True)),
+    "attention-f32-one": ("highest", _attention((1, 1, 1, 1), f32, signed=True)),
     "attention-f64": ("highest", _attention((2, 256, 25, 42), f64, through=True)),
     "criss-cross-ieee": ("highest", _criss_cross((2, 256, 64, 64), 32, f32)),
     "criss-cross-tf32": ("high", _criss_cross((2, 512, 97, 97), 64, f32)),

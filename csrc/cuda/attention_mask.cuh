@@ -27,18 +27,16 @@ struct alignas(16) Vector {
   T v[kVector<T>];
 };
 
-// Zero where there is no column.
+// Zero where there is no column. Converted by the caller, who may have more to load before it waits.
 template <class T>
 __device__ void load(const Matrix& m, int64_t image, int64_t row, int64_t column, int64_t columns,
-                     float (&to)[kVector<T>]) {
+                     Vector<T>& to) {
   const T* from = static_cast<const T*>(m.data) + image * m.image + row * m.row + column * m.column;
   if (m.vectors && column + kVector<T> <= columns) {
-    const Vector<T> v = *reinterpret_cast<const Vector<T>*>(from);
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) to[i] = to_float(v.v[i]);
+    to = *reinterpret_cast<const Vector<T>*>(from);
   } else {
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) to[i] = column + i < columns ? to_float(from[i * m.column]) : 0.0f;
+    for (int i = 0; i < kVector<T>; ++i) to.v[i] = column + i < columns ? from[i * m.column] : T{};
   }
 }
 

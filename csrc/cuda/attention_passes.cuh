@@ -10,7 +10,9 @@ namespace {
 
 constexpr int kRowsPerChunk = 64;  // pixels of a chunk where channels are neighbours
 constexpr int kGradientRows = 32;  // of a block of the backward
-constexpr int kFactor = 3;         // terms: distances, then what their gradients are multiplied by
+template <class T>
+constexpr int kBatch = 32 / kVector<T>;  // rows that a warp loads before it stores anything
+constexpr int kFactor = 3;               // terms: distances, then what their gradients are multiplied by
 
 struct Sizes {
   int64_t batch, channels, pixels, chunks;
@@ -70,21 +72,30 @@ __global__ void __launch_bounds__(kThreads) attention_pool(const __grid_constant
               column_factor = s.planar ? by_channels : by_pixels;
   for (int64_t c = t.first_column; c < t.columns; c += kColumns<T>) {
     float sums[2][kV] = {};
-#pragma unroll 4
-    for (int64_t r = warp; r < t.rows; r += kWarps) {
-      float v[kV], absolute = 0, plain = 0;
-      load<T>(x, image, t.first_row + r, c + lane * kV, t.columns, v);
+    const bool first = c == t.first_column;
+    for (int64_t r = warp; r < t.rows; r += kWarps * kBatch<T>) {
+      Vector<T> v[kBatch<T>] = {};
 #pragma unroll
-      for (int i = 0; i < kV; ++i) {
-        absolute += fabsf(v[i]), sums[0][i] += fabsf(v[i]);
-        if (kSigned) plain += v[i], sums[1][i] += v[i];
+      for (int k = 0; k < kBatch<T>; ++k) {
+        const int64_t row = r + k * kWarps;
+        if (row < t.rows) load<T>(x, image, t.first_row + row, c + lane * kV, t.columns, v[k]);
       }
-      absolute = warp_sum(absolute);
-      if (kSigned) plain = warp_sum(plain);
-      if (lane == 0) {  // of one row always the same thread
-        const bool first = c == t.first_column;
-        rows[0][r] = (first ? 0.0f : rows[0][r]) + absolute * row_factor;
-        if (kSigned) rows[1][r] = (first ? 0.0f : rows[1][r]) + plain * row_factor;
+#pragma unroll
+      for (int k = 0; k < kBatch<T>; ++k) {
+        const int64_t row = r + k * kWarps;
+        float absolute = 0, plain = 0;
+#pragma unroll
+        for (int i = 0; i < kV; ++i) {
+          const float value = to_float(v[k].v[i]);
+          absolute += fabsf(value), sums[0][i] += fabsf(value);
+          if (kSigned) plain += value, sums[1][i] += value;
+        }
+        absolute = warp_sum(absolute);
+        if (kSigned) plain = warp_sum(plain);
+        if (lane == 0 && row < t.rows) {  // of one row always the same thread
+          rows[0][row] = (first ? 0.0f : rows[0][row]) + absolute * row_factor;
+          if (kSigned) rows[1][row] = (first ? 0.0f : rows[1][row]) + plain * row_factor;
+        }
       }
     }
 #pragma unroll
@@ -127,6 +138,7 @@ __global__ void __launch_bounds__(kThreads) attention_masks(const __grid_constan
         const float* from = p.parts + ((k * 2 + m) * s.batch + image) * s.chunks * n;
         for (int64_t c = threadIdx.x; c < n; c += kThreads) {
           float sum = 0;
+#pragma unroll 8
           for (int64_t chunk = 0; chunk < s.chunks; ++chunk) sum += from[chunk * n + c];
           to[c] = sum;
         }
@@ -228,22 +240,32 @@ __global__ void __launch_bounds__(kThreads) attention_errors(const __grid_consta
     const int64_t column = c + lane * kV;
 #pragma unroll
     for (int i = 0; i < kV; ++i) weights[i] = column + i < t.columns ? column_weights[column + i] : 0.0f;
-#pragma unroll 2
-    for (int64_t r = warp; r < t.rows; r += kWarps) {
-      float a[kV], b[kV], sum = 0;
-      load<T>(p.x, image, t.first_row + r, column, t.columns, a);
-      load<T>(p.y, image, t.first_row + r, column, t.columns, b);
-      const float weight = row_weights[r];
+    for (int64_t r = warp; r < t.rows; r += kWarps * kBatch<T>) {
+      Vector<T> a[kBatch<T>] = {}, b[kBatch<T>] = {};
+      float weight[kBatch<T>] = {};
 #pragma unroll
-      for (int i = 0; i < kV; ++i) {
-        const float square = (a[i] - b[i]) * (a[i] - b[i]);
-        sum += weights[i] * square;
-        if (kThrough) sums[i] += weight * square;
+      for (int k = 0; k < kBatch<T>; ++k) {
+        const int64_t row = r + k * kWarps;
+        if (row >= t.rows) continue;
+        load<T>(p.x, image, t.first_row + row, column, t.columns, a[k]);
+        load<T>(p.y, image, t.first_row + row, column, t.columns, b[k]);
+        weight[k] = row_weights[row];
       }
-      total += weight * sum;
-      if (kThrough) {
-        sum = warp_sum(sum);
-        if (lane == 0) rows[r] = (c == t.first_column ? 0.0f : rows[r]) + sum;
+#pragma unroll
+      for (int k = 0; k < kBatch<T>; ++k) {
+        const int64_t row = r + k * kWarps;
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < kV; ++i) {
+          const float d = to_float(a[k].v[i]) - to_float(b[k].v[i]), square = d * d;
+          sum += weights[i] * square;
+          if (kThrough) sums[i] += weight[k] * square;
+        }
+        total += weight[k] * sum;
+        if (kThrough) {
+          sum = warp_sum(sum);
+          if (lane == 0 && row < t.rows) rows[row] = (c == t.first_column ? 0.0f : rows[row]) + sum;
+        }
       }
     }
     if (kThrough) write_columns(sums, columns, c, t.columns, 1.0f);
@@ -310,27 +332,42 @@ __global__ void __launch_bounds__(kThreads) attention_gradient(const __grid_cons
 #pragma unroll
     for (int i = 0; i < 3; ++i) scale[i] = *p.parts.grad_loss * p.parts.terms[kFactor + i];
   }
+  __shared__ Terms of_rows[kGradientRows];
+  if (threadIdx.x < kGradientRows && begin + threadIdx.x < end) {
+    of_rows[threadIdx.x] = terms_of(p, !s.planar, image, t.first_row + begin + threadIdx.x, scale);
+  }
+  __syncthreads();
   for (int64_t c = t.first_column; c < t.columns; c += kColumns<T>) {
     const int64_t column = c + lane * kV;
+    // All loads of the warp's rows come before its first store, which the compiler could not know to be
+    // elsewhere.
+    constexpr int kRows = kGradientRows / kWarps;
+    Vector<T> x[kRows] = {}, y[kRows] = {};
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const int64_t r = begin + warp + k * kWarps, row = t.first_row + r;
+      if (r >= end) continue;
+      load<T>(p.x, image, row, column, t.columns, x[k]);
+      if (p.masked) load<T>(p.other, image, row, column, t.columns, y[k]);
+    }
     Terms of_columns[kV] = {};
 #pragma unroll
     for (int i = 0; i < kV; ++i) {
       if (column + i < t.columns) of_columns[i] = terms_of(p, s.planar, image, column + i, scale);
     }
-    for (int64_t r = begin + warp; r < end; r += kWarps) {
-      const int64_t row = t.first_row + r;
-      const Terms of_row = terms_of(p, !s.planar, image, row, scale);
-      float x[kV], y[kV] = {}, g[kV];
-      load<T>(p.x, image, row, column, t.columns, x);
-      if (p.masked) load<T>(p.other, image, row, column, t.columns, y);
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const int64_t r = begin + warp + k * kWarps;
+      const Terms of_row = of_rows[warp + k * kWarps];
+      float g[kV];
 #pragma unroll
       for (int i = 0; i < kV; ++i) {
-        const float sign = of_row.sign + of_columns[i].sign;
-        g[i] = x[i] > 0.0f ? sign : x[i] < 0.0f ? -sign : 0.0f;
+        const float value = to_float(x[k].v[i]), sign = of_row.sign + of_columns[i].sign;
+        g[i] = value > 0.0f ? sign : value < 0.0f ? -sign : 0.0f;
         g[i] += of_row.plain + of_columns[i].plain;
-        if (p.masked) g[i] += of_row.weight * of_columns[i].weight * (x[i] - y[i]);
+        if (p.masked) g[i] += of_row.weight * of_columns[i].weight * (value - to_float(y[k].v[i]));
       }
-      if (column < t.columns) store<T>(p.out, image, row, column, t.columns, g);
+      if (r < end && column < t.columns) store<T>(p.out, image, t.first_row + r, column, t.columns, g);
     }
   }
 }

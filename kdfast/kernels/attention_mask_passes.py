@@ -16,7 +16,7 @@ from ._zeros import tile, vector
 
 
 class Map(NamedTuple):
-    """A map [B, C, H, W] in place; ``flat``: its pixels lie along one stride."""
+    """A map [B, C, H, W] in place; strides of what is not next to each other count :attr:`Config.unit`."""
 
     data: Tensor
     image: int
@@ -31,29 +31,49 @@ class Config(NamedTuple):
 
     channels: int  # of a tile
     pixels: int
-    flat: bool
+    flat: bool  # pixels lie along one stride
+    planar: bool  # pixels are neighbours in memory, else channels
+    unit: int  # divides image stride, channel (or pixel) stride and, where planar, pixels; Triton sees 16s alone
+    whole: bool  # a tile has all channels and no other rows
+    wide: bool  # offsets inside an image need 64 bits
     acc: tl.dtype
 
 
 @triton.jit
-def _number(parts, acc: tl.constexpr):
+def number(parts, acc: tl.constexpr):
     return tl.full([], 0, acc) + parts[0] + parts[1]
 
 
 @triton.jit
-def _load(m, image, channels, pixels, ok, c: tl.constexpr):
-    """A tile [channels, pixels] of the map, 0 where not ``ok``."""
+def pixel_count(units, c: tl.constexpr):
+    return units * c.unit if c.planar else units
+
+
+@triton.jit
+def load_tile(m, image, channels, pixels, ok, c: tl.constexpr):
+    """A tile [channels, pixels] of the map, 0 where not ``ok``; see :func:`inside_tile`."""
     return tl.load(_address(m, image, channels, pixels, c), ok, other=0.0).to(c.acc)
 
 
 @triton.jit
+def inside_tile(index, channels, inside, c: tl.constexpr):
+    """Which elements of a tile there are."""
+    return inside[None, :] if c.whole else (index < channels)[:, None] & inside[None, :]
+
+
+@triton.jit
 def _address(m, image, channels, pixels, c: tl.constexpr):
-    if c.flat:
-        offsets = pixels.to(tl.int64) * m.pixel
+    if c.wide:
+        channels, pixels = channels.to(tl.int64), pixels.to(tl.int64)
+    start = m.data + image.to(tl.int64) * c.unit * m.image
+    if c.planar:
+        offsets = pixels * m.pixel
+        channels *= c.unit
+    elif c.flat:
+        offsets = pixels * c.unit * m.pixel
     else:
-        offsets = (pixels // m.width).to(tl.int64) * m.row + (pixels % m.width).to(tl.int64) * m.pixel
-    start = m.data + image.to(tl.int64) * m.image
-    return start + channels.to(tl.int64)[:, None] * m.channel + offsets[None, :]
+        offsets = pixels // m.width * m.row + pixels % m.width * m.pixel
+    return start + channels[:, None] * m.channel + offsets[None, :]
 
 
 @triton.jit
@@ -63,130 +83,44 @@ def _block(blocks, c: tl.constexpr):
     return program // blocks, program % blocks, program % blocks * c.pixels + tl.arange(0, c.pixels)
 
 
-@triton.jit
-def _pool(m, spatial, parts, image, slot, pixels, count, channels, c: tl.constexpr, SIGNED: tl.constexpr):
-    """spatial [pixels] and parts [C] of one block, of |x| or of x."""
-    total = vector(c.pixels, c.acc)
+@triton.jit(do_not_specialize=["batch", "blocks"])
+def pool(x, spatial, parts, batch, channels, units, blocks, c: tl.constexpr, SIGNED: tl.constexpr):
+    """Of |x| and, if SIGNED, of x: spatial [kinds, B, P] and parts [kinds, B, blocks, C]; grid: (B * blocks,)."""
+    image, block, pixels = _block(blocks, c)
+    image, count = image.to(tl.int64), pixel_count(units, c)
+    inside = pixels < count
+    absolute, plain = vector(c.pixels, c.acc), vector(c.pixels, c.acc)
+    parts += (image * blocks + block) * channels
+    size = batch.to(tl.int64) * blocks * channels
     for start in range(0, channels, c.channels):
         index = start + tl.arange(0, c.channels)
-        x = _load(m, image, index, pixels, (index < channels)[:, None] & (pixels < count)[None, :], c)
-        if not SIGNED:
-            x = tl.abs(x)
-        total += tl.sum(x, 0)
-        tl.store(parts + slot * channels + index, tl.sum(x, 1) / count, index < channels)
-    tl.store(spatial + image * count + pixels, total / channels, pixels < count)
+        known = index < channels
+        v = load_tile(x, image, index, pixels, inside_tile(index, channels, inside, c), c)
+        absolute += tl.sum(tl.abs(v), 0)
+        tl.store(parts + index, tl.sum(tl.abs(v), 1) / count, known)
+        if SIGNED:
+            plain += tl.sum(v, 0)
+            tl.store(parts + size + index, tl.sum(v, 1) / count, known)
+    tl.store(spatial + image * count + pixels, absolute / channels, inside)
+    if SIGNED:
+        tl.store(spatial + (batch + image) * count + pixels, plain / channels, inside)
 
 
-@triton.jit
-def pool(x, y, spatial, parts, batch, channels, count, blocks, maps, c: tl.constexpr, SIGNED: tl.constexpr):
-    """spatial [kinds, maps, B, P] and parts [kinds, maps, B, blocks, C]; grid: (B * blocks, maps)."""
-    image, block, pixels = _block(blocks, c)
-    which = tl.program_id(1).to(tl.int64)
-    slot = (which * batch + image) * blocks + block
-    size, parts_size = maps.to(tl.int64) * batch * count, maps.to(tl.int64) * batch * blocks
-    for kind in tl.static_range(2 if SIGNED else 1):
-        to = spatial + kind * size + which * batch * count
-        at = kind * parts_size + slot
-        if which == 0:
-            _pool(x, to, parts, image.to(tl.int64), at, pixels, count, channels, c, kind == 1)
-        else:
-            _pool(y, to, parts, image.to(tl.int64), at, pixels, count, channels, c, kind == 1)
-
-
-@triton.jit
-def _softmax_terms(values, n, inverse, acc: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum of v * inverse and the sum of exp(v * inverse - maximum), over n values (or sums of two)."""
-    first, second = values
-    most = tl.full([BLOCK], float("-inf"), acc)
-    total = tl.zeros([BLOCK], acc)
-    for start in range(0, n, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        v = tl.load(first + index, index < n, other=float("-inf")).to(acc)
-        if second is not None:
-            v += tl.load(second + index, index < n, other=0.0).to(acc)
-        v = v * inverse
-        new = tl.maximum(most, v)
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(most - shift) + tl.exp(v - shift)
-        most = new
-    highest = tl.max(most, 0)
-    return highest, tl.sum(total * tl.exp(most - highest), 0)
-
-
-@triton.jit
-def masks(
-    spatial, channel, spatial_mask, channel_mask, differences, squares, batch, count, channels, temperature,
-    ACC: tl.constexpr, SIGNED: tl.constexpr, SUM: tl.constexpr, CHANNEL: tl.constexpr, KEPT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Masks [B, n] and, of what L_AT compares, squared distances [2, B] and the differences if they are KEPT.
-
-    Grid: (B, 2), spatial and channel attention.
-    """
-    image, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if which == 0:
-        _mask(
-            spatial, spatial_mask, differences[0], squares, image, batch, count, temperature,
-            ACC, SIGNED, SUM, True, KEPT, BLOCK,
-        )  # fmt: skip
-    else:
-        _mask(
-            channel, channel_mask, differences[1], squares + batch, image, batch, channels, temperature,
-            ACC, SIGNED, SUM, CHANNEL, KEPT, BLOCK,
-        )  # fmt: skip
-
-
-@triton.jit
-def _mask(
-    pooled, out, differences, squares, image, batch, n, temperature,
-    ACC: tl.constexpr, SIGNED: tl.constexpr, SUM: tl.constexpr, USED: tl.constexpr, KEPT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    student, teacher = pooled + image * n, pooled + (batch + image) * n
-    inverse = 1 / _number(temperature, ACC)
-    if SUM:
-        highest, total = _softmax_terms((student, teacher), n, inverse, ACC, BLOCK)
-        highest_t, total_t = highest, total
-    else:
-        highest, total = _softmax_terms((student, None), n, inverse, ACC, BLOCK)
-        highest_t, total_t = _softmax_terms((teacher, None), n, inverse, ACC, BLOCK)
-    share, share_t = n / total, n / total_t
-    square = tl.zeros([BLOCK], ACC)
-    last = 2 * batch * n if SIGNED else 0
-    for start in range(0, n, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        s, t = tl.load(student + index, index < n, other=0.0), tl.load(teacher + index, index < n, other=0.0)
-        if SUM:
-            weight = tl.exp((s + t) * inverse - highest) * share
-        else:
-            weight = (tl.exp(s * inverse - highest) * share + tl.exp(t * inverse - highest_t) * share_t) / 2
-        if not USED:
-            weight = tl.zeros([BLOCK], ACC) + 1
-        tl.store(out + image * n + index, weight, index < n)
-        d = tl.load(student + last + index, index < n, other=0.0) - tl.load(
-            teacher + last + index, index < n, other=0.0
-        )
-        if KEPT:
-            tl.store(differences + image * n + index, d, index < n)
-        square += d * d
-    tl.store(squares + image, tl.sum(square, 0))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def errors(
-    x, y, spatial_mask, channel_mask, sums, spatial_error, parts, channels, count, blocks,
+    x, y, spatial_mask, channel_mask, sums, spatial_error, parts, channels, units, blocks,
     c: tl.constexpr, THROUGH: tl.constexpr,
 ):  # fmt: skip
     """sums [B * blocks] of M^s M^c (x - y)²; what each mask multiplies: spatial_error [B, P], parts [B, blocks, C]."""
     image, block, pixels = _block(blocks, c)
-    image = image.to(tl.int64)
+    image, count = image.to(tl.int64), pixel_count(units, c)
     inside = pixels < count
     weight = tl.load(spatial_mask + image * count + pixels, inside, other=0.0).to(c.acc)
     total = vector(c.pixels, c.acc)
     for start in range(0, channels, c.channels):
         index = start + tl.arange(0, c.channels)
-        ok = (index < channels)[:, None] & inside[None, :]
-        d = _load(x, image, index, pixels, ok, c) - _load(y, image, index, pixels, ok, c)
+        ok = inside_tile(index, channels, inside, c)
+        d = load_tile(x, image, index, pixels, ok, c) - load_tile(y, image, index, pixels, ok, c)
         factor = tl.load(channel_mask + image * channels + index, index < channels, other=0.0).to(c.acc)
         total += tl.sum(d * d * factor[:, None], 0)
         if THROUGH:
@@ -198,38 +132,56 @@ def errors(
 
 
 @triton.jit
-def _sum(values, n, acc: tl.constexpr, BLOCK: tl.constexpr):
+def load_past(values, ok):
+    """Past L1: programs of the same launch may have written it."""
+    return tl.load(values, ok, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def sum_of(values, n, acc: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], acc)
     for start in range(0, n, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        total += tl.load(values + index, index < n, other=0.0).to(acc)
+        total += load_past(values + index, index < n)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def _factor(weight, distance):
+def factor_of(weight, distance):
     return tl.where(distance > 0, weight / tl.where(distance > 0, distance, 1.0), 0.0)
 
 
 @triton.jit
-def finish(
-    squares, sums, loss, terms, batch, programs, transfer_weight, masked_weight,
+def store_terms(
+    squares, error, loss, terms, batch, transfer_weight, masked_weight,
     ACC: tl.constexpr, TRANSFER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Distances, what their gradients are divided by, and the loss; one program."""
-    transfer_weight, masked_weight = _number(transfer_weight, ACC), _number(masked_weight, ACC)
-    masked = tl.sqrt(_sum(sums, programs, ACC, BLOCK))
-    spatial, channel = masked * 0, masked * 0
+    """Distances, what their gradients are divided by, and the loss, of squares [2, B] and the masked error."""
+    transfer_weight, masked_weight = number(transfer_weight, ACC), number(masked_weight, ACC)
+    spatial, channel = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     if TRANSFER:
-        spatial = tl.sqrt(_sum(squares, batch, ACC, BLOCK))
-        channel = tl.sqrt(_sum(squares + batch, batch, ACC, BLOCK))
+        for start in range(0, batch, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            spatial += load_past(squares + index, index < batch)
+            channel += load_past(squares + batch + index, index < batch)
+    masked, spatial, channel = tl.sqrt(error), tl.sqrt(tl.sum(spatial, 0)), tl.sqrt(tl.sum(channel, 0))
     tl.store(loss, transfer_weight * (spatial + channel) + masked_weight * masked)
     tl.store(terms, spatial)
     tl.store(terms + 1, channel)
     tl.store(terms + 2, masked)
-    tl.store(terms + 3, _factor(transfer_weight, spatial))
-    tl.store(terms + 4, _factor(transfer_weight, channel))
-    tl.store(terms + 5, _factor(masked_weight, masked))
+    tl.store(terms + 3, factor_of(transfer_weight, spatial))
+    tl.store(terms + 4, factor_of(transfer_weight, channel))
+    tl.store(terms + 5, factor_of(masked_weight, masked))
+
+
+@triton.jit(do_not_specialize=["batch", "programs"])
+def finish(
+    squares, sums, loss, terms, batch, programs, transfer_weight, masked_weight,
+    ACC: tl.constexpr, TRANSFER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """:func:`store_terms` of what :func:`errors` left; one program."""
+    error = sum_of(sums, programs, ACC, BLOCK)
+    store_terms(squares, error, loss, terms, batch, transfer_weight, masked_weight, ACC, TRANSFER, BLOCK)
 
 
 @triton.jit
@@ -241,10 +193,10 @@ def _difference(pooled, at, size, side, MAPS: tl.constexpr, ok):
     return tl.where(side == 0, difference, -difference)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "blocks", "side"])
 def gradient(
     x, other, out, grad_loss, terms, spatial, channel, spatial_mask, channel_mask, grad_spatial, grad_channel,
-    batch, channels, count, blocks, side,
+    batch, channels, units, blocks, side,
     c: tl.constexpr, MASKED: tl.constexpr, MAPS: tl.constexpr, GIVEN: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """out = sign(x) (spatial + channel terms) + (the same without sign) + weight (x - other).
@@ -254,13 +206,13 @@ def gradient(
     Grid: (B * pixel blocks, channel blocks).
     """
     image, block, pixels = _block(blocks, c)
-    image = image.to(tl.int64)
+    image, count = image.to(tl.int64), pixel_count(units, c)
     index = tl.program_id(1) * c.channels + tl.arange(0, c.channels)
     inside, known = pixels < count, index < channels
-    ok = known[:, None] & inside[None, :]
+    ok = inside_tile(index, channels, inside, c)
     at_pixel, at_channel = image * count + pixels, image * channels + index
     pixel_size, channel_size = batch.to(tl.int64) * count, batch.to(tl.int64) * channels
-    value = _load(x, image, index, pixels, ok, c)
+    value = load_tile(x, image, index, pixels, ok, c)
     result = tile(c.channels, c.pixels, c.acc)
     signs = (value > 0).to(c.acc) - (value < 0).to(c.acc)
     if MAPS > 0 or MASKED:
@@ -280,6 +232,6 @@ def gradient(
     if MASKED:
         weight = tl.load(spatial_mask + at_pixel, inside, other=0.0) * scale * tl.load(terms + 5)
         factor = tl.load(channel_mask + at_channel, known, other=0.0)
-        result += weight[None, :] * factor[:, None] * (value - _load(other, image, index, pixels, ok, c))
+        result += weight[None, :] * factor[:, None] * (value - load_tile(other, image, index, pixels, ok, c))
     address = _address(out, image, index, pixels, c)
     tl.store(address, result.to(out.data.dtype.element_ty), ok)

@@ -1,7 +1,8 @@
 """Op ``attention_mask``: pooled attention, masks and masked distance. Formulas: :mod:`kdfast.reference.attention_mask`.
 
-Forward: one pass over both maps pools them, a second one sums the masked errors (on the CPU the first does both, where
-the student is not adapted and no pooled attention is asked for); in between lie only maps of one channel. Backward:
+Forward: one pass over both maps pools them and sums what the masked errors are made of, except by CUDA C++, where a
+second pass sums the masked errors, as elsewhere where the student is adapted or gradients go through the masks (on the
+CPU also where pooled attention is asked for); beside that lie only maps of one channel. Backward:
 one pass over both maps, which writes the gradient with all its parts. Kept for it are a mask, and what L_AT compares as
 a difference; both maps' pooled attention only where the caller or gradients through the masks need it. On the CPU,
 where the student alone learns, the forward writes the gradient too.
