@@ -1,12 +1,14 @@
 """Triton backend of the op ``logits``. Formulas: :mod:`kdfast.reference.logits`.
 
-kl, dkd, nkd: the forward has one program per row and reads each logit once (online log-sum-exp per lane, joined at
-the end of the row), the backward one per block of a row: it reads once more and writes the gradient. dist is in
-:mod:`kdfast.kernels.logits_dist`. Nothing synchronises, sums have a fixed order. Launches: forward 2, backward 1 for each side.
+kl, dkd, nkd: the forward reads each logit once (online log-sum-exp per lane, joined at the end); where rows are few,
+several programs share a row, and the launch that adds up the loss joins them. The backward has one program per block of
+a row: it reads once more and writes the gradient. dist is in :mod:`kdfast.kernels.logits_dist`. Nothing synchronises,
+sums have a fixed order. Launches: forward 2, backward 1 for each side.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,9 +21,14 @@ from ._launch import on_device, options
 KL, DKD, NKD = (tl.constexpr(i) for i in range(3))
 DIST = 3
 ROW_WIDTH = (5, 5, 7, 7)  # saved per row
-FORWARD_BLOCK = 2048  # logits of a row at a time: 8 of each side in every thread of 8 warps
 BACKWARD_BLOCK = 1024
 LOWEST = tl.constexpr(-1e30)
+LN2, LOG2E = tl.constexpr(math.log(2)), tl.constexpr(1 / math.log(2))
+# Forward, by bytes of a logit: steps and lanes of a tile, warps. Four loads of 16 bytes and more in flight per thread.
+FORWARD_TILE = {2: (2, 2048, 8), 4: (4, 1024, 8), 8: (1, 512, 8)}
+# Programs that the forward is split into where there are fewer rows (fixed, so that sums do not depend on the GPU).
+PROGRAMS = 1024
+JOINED = 1024  # splits that the one program of finish_rows joins at a time
 
 
 @triton.jit
@@ -47,91 +54,170 @@ def _sigmoid(x):
 
 
 @triton.jit
-def forward_rows(
-    s, t, labels, saved, values, shape_s, shape_t, classes, alpha: tl.float64,
-    beta: tl.float64, inverse_t: tl.float64, ignored,
-    kind: tl.constexpr, has_labels: tl.constexpr, plain: tl.constexpr, width: tl.constexpr, acc: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """saved [rows, width]: maxima and log-sums, over the classes but the target; values [rows]."""
-    row = tl.program_id(0)
-    saved += row.to(tl.int64) * width
-    label = tl.load(labels + row) if has_labels else 0
-    if has_labels and label == ignored:
-        tl.store(values + row, tl.zeros([], acc))
-        for i in tl.static_range(width):
-            tl.store(saved + i, tl.zeros([], acc))
+def _joined(
+    max_s, sum_s, max_t, sum_t, cross, plain_s, plain_t, scale, kind: tl.constexpr, plain: tl.constexpr
+):
+    """Sums [N, L] that lanes made on their own maxima, over the lanes, on the largest; scale counts powers of two."""
+    top_s, top_t = tl.max(max_s, 1), tl.max(max_t, 1)
+    step_s, step_t = (max_s - top_s[:, None]) * scale, (max_t - top_t[:, None]) * scale
+    shrink = tl.exp2(step_t)
+    # A lane without a logit has the lowest maximum and sums of 0: its cross is 0 times a large number.
+    moved = cross + tl.where(sum_t == 0, 0.0, sum_t * ((-step_s) if kind == NKD else (step_t - step_s)))
+    total_s, total_t = tl.sum(sum_s * tl.exp2(step_s), 1), tl.sum(sum_t * shrink, 1)
+    if plain:
+        plain_s = tl.sum(plain_s * tl.exp((max_s - top_s[:, None])), 1)
+        plain_t = tl.sum(plain_t * tl.exp((max_t - top_t[:, None])), 1)
     else:
-        s += _pair(row, shape_s)
-        t += _pair(row, shape_t)
-        scale = tl.full([], inverse_t, acc)
-        lanes = tl.arange(0, BLOCK)
-        max_s, max_t = tl.full([BLOCK], LOWEST, acc), tl.full([BLOCK], LOWEST, acc)
-        sum_s, sum_t, cross = tl.zeros([BLOCK], acc), tl.zeros([BLOCK], acc), tl.zeros([BLOCK], acc)
-        plain_s, plain_t = tl.zeros([BLOCK], acc), tl.zeros([BLOCK], acc)
-        for first in range(0, classes, BLOCK):
-            k = first + lanes
-            ok = k < classes
-            if kind != KL:
-                ok = ok & (k != label)
-            zs, zt = _load(s, k, shape_s, ok, acc), _load(t, k, shape_t, ok, acc)
-            new_s, new_t = tl.maximum(max_s, zs), tl.maximum(max_t, zt)
-            # Every lane runs on its own maximum: one exponential more per logit, and no exchange between threads.
-            step_s, step_t = (max_s - new_s) * scale, (max_t - new_t) * scale
-            if kind == NKD:
-                cross = tl.exp(step_t) * (cross - sum_t * step_s)
-            else:
-                cross = tl.exp(step_t) * (cross + sum_t * (step_t - step_s))
-            a, b = (zt - new_t) * scale, (zs - new_s) * scale
-            e = tl.exp(a)
-            term = e * (-b) if kind == NKD else e * (a - b)
-            cross += tl.where(e == 0, 0.0, term)
-            sum_s = sum_s * tl.exp(step_s) + tl.exp(b)
-            sum_t = sum_t * tl.exp(step_t) + e
-            if plain:
-                plain_s = plain_s * tl.exp(max_s - new_s) + tl.exp(zs - new_s)
-                plain_t = plain_t * tl.exp(max_t - new_t) + tl.exp(zt - new_t)
-            max_s, max_t = new_s, new_t
-        top_s, top_t = tl.max(max_s, 0), tl.max(max_t, 0)
-        step_s, step_t = (max_s - top_s) * scale, (max_t - top_t) * scale
-        if kind == NKD:
-            joined = tl.exp(step_t) * (cross - sum_t * step_s)
+        plain_s, plain_t = total_s, total_t
+    return top_s, total_s, top_t, total_t, tl.sum(moved * shrink, 1), plain_s, plain_t
+
+
+@triton.jit
+def _row_values(
+    row, ok, sums, s, t, labels, saved, shape_s, shape_t, classes, alpha, beta, scale, ignored,
+    kind: tl.constexpr, has_labels: tl.constexpr, plain: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """Terms of the loss of rows [N], 0 where ignored, from the sums of :func:`_joined`; writes what they save."""
+    top_s, total_s, top_t, total_t, cross, plain_s, plain_t = sums
+    log_s, log_t = tl.log(total_s), tl.log(total_t)
+    value = cross / total_t * LN2 + log_s
+    if kind != NKD:
+        value -= log_t
+    value = tl.where(value < 0, 0.0, value)
+    label = tl.load(labels + row, ok, other=0) if has_labels else row * 0
+    counts = (ok & (label != ignored)) if has_labels else ok
+    saved += row.to(tl.int64) * width
+    tl.store(saved, tl.where(counts, top_s, 0.0), ok)
+    tl.store(saved + 1, tl.where(counts, log_s, 0.0), ok)
+    tl.store(saved + 2, tl.where(counts, top_t, 0.0), ok)
+    tl.store(saved + 3, tl.where(counts, log_t, 0.0), ok)
+    tl.store(saved + 4, tl.where(counts, value, 0.0), ok)
+    result = beta * value
+    if kind != KL:
+        inside = (label >= 0) & (label < classes)
+        at = tl.where(inside, label, 0)
+        ys = tl.load(s + _pair(row, shape_s) + at * shape_s[3], ok, other=0.0).to(top_s.dtype) - top_s
+        yt = tl.load(t + _pair(row, shape_t) + at * shape_t[3], ok, other=0.0).to(top_s.dtype) - top_t
+        if kind == DKD:
+            odds_s, odds_t = ys * scale - log_s, yt * scale - log_t
+            target = _sigmoid(odds_t) * (_softplus(-odds_s) - _softplus(-odds_t))
+            target += _sigmoid(-odds_t) * (_softplus(odds_s) - _softplus(odds_t))
+            target = tl.where(target < 0, 0.0, target)
         else:
-            joined = tl.exp(step_t) * (cross + sum_t * (step_t - step_s))
-        total_t = tl.sum(sum_t * tl.exp(step_t), 0)
-        log_s, log_t = tl.log(tl.sum(sum_s * tl.exp(step_s), 0)), tl.log(total_t)
-        # A lane without a logit has the lowest maximum and sums of 0: its cross is 0 times a large number.
-        value = tl.sum(tl.where(sum_t == 0, 0.0, joined), 0) / total_t + log_s
-        if kind != NKD:
-            value -= log_t
-        value = tl.where(value < 0, 0.0, value)
-        tl.store(saved, top_s)
-        tl.store(saved + 1, log_s)
-        tl.store(saved + 2, top_t)
-        tl.store(saved + 3, log_t)
-        tl.store(saved + 4, value)
-        result = tl.full([], beta, acc) * value
-        if kind != KL:
-            inside = (label >= 0) & (label < classes)
-            at = tl.where(inside, label, 0)
-            ys = tl.load(s + at * shape_s[3]).to(acc) - top_s
-            yt = tl.load(t + at * shape_t[3]).to(acc) - top_t
-            if kind == DKD:
-                odds_s, odds_t = ys * scale - log_s, yt * scale - log_t
-                target = _sigmoid(odds_t) * (_softplus(-odds_s) - _softplus(-odds_t))
-                target += _sigmoid(-odds_t) * (_softplus(odds_s) - _softplus(odds_t))
-                target = tl.where(target < 0, 0.0, target)
-            else:
-                if plain:
-                    log_s = tl.log(tl.sum(plain_s * tl.exp(max_s - top_s), 0))
-                    log_t = tl.log(tl.sum(plain_t * tl.exp(max_t - top_t), 0))
-                weight = _sigmoid(yt - log_t)
-                tl.store(saved + 5, log_s)
-                tl.store(saved + 6, weight)
-                target = weight * _softplus(log_s - ys)
-            result += tl.full([], alpha, acc) * target
-            result = tl.where(inside, result, float("nan"))
-        tl.store(values + row, result)
+            if plain:
+                log_s, log_t = tl.log(plain_s), tl.log(plain_t)
+            weight = _sigmoid(yt - log_t)
+            tl.store(saved + 5, tl.where(counts, log_s, 0.0), ok)
+            tl.store(saved + 6, tl.where(counts, weight, 0.0), ok)
+            target = weight * _softplus(log_s - ys)
+        result += alpha * target
+        result = tl.where(inside, result, float("nan"))
+    return tl.where(counts, result, 0.0)
+
+
+@triton.jit
+def forward_rows(
+    s, t, labels, saved, values, shape_s, shape_t, classes, chunk, alpha: tl.float64, beta: tl.float64,
+    inverse_t: tl.float64, ignored,
+    kind: tl.constexpr, has_labels: tl.constexpr, plain: tl.constexpr, width: tl.constexpr, acc: tl.constexpr,
+    SPLITS: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Classes [split chunk, split chunk + chunk) of a row, in tiles [STEPS, LANES].
+
+    One split: saved [rows, width] has maxima and log-sums, over the classes but the target, values [rows] the terms of
+    the loss. More: values [5 or 7, rows, SPLITS] are the sums, which :func:`finish_rows` joins.
+    """
+    row = tl.program_id(0)
+    split = tl.program_id(1)
+    label = tl.load(labels + row) if has_labels else 0
+    end = tl.minimum((split + 1) * chunk, classes)
+    if has_labels:
+        end = tl.where(label == ignored, 0, end)
+    here_s, here_t = s + _pair(row, shape_s), t + _pair(row, shape_t)
+    scale = tl.full([], inverse_t, acc)
+    scale2 = tl.full([], inverse_t * LOG2E, acc)
+    lanes = tl.arange(0, STEPS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    max_s, max_t = tl.full([LANES], LOWEST, acc), tl.full([LANES], LOWEST, acc)
+    sum_s, sum_t, cross = tl.zeros([LANES], acc), tl.zeros([LANES], acc), tl.zeros([LANES], acc)
+    plain_s, plain_t = tl.zeros([LANES], acc), tl.zeros([LANES], acc)
+    for first in range(split * chunk, end, STEPS * LANES):
+        k = first + lanes
+        zs, zt = _load(here_s, k, shape_s, k < end, acc), _load(here_t, k, shape_t, k < end, acc)
+        if kind != KL:  # not in the loads' mask, which would make them narrow
+            zs, zt = tl.where(k == label, float("-inf"), zs), tl.where(k == label, float("-inf"), zt)
+        # Every lane runs on its own maximum: an exponential more per STEPS logits, no exchange between threads.
+        new_s, new_t = tl.maximum(max_s, tl.max(zs, 0)), tl.maximum(max_t, tl.max(zt, 0))
+        step_s, step_t = (max_s - new_s) * scale2, (max_t - new_t) * scale2
+        shrink = tl.exp2(step_t)
+        cross = shrink * (cross + sum_t * ((-step_s) if kind == NKD else (step_t - step_s)))
+        a, b = (zt - new_t[None, :]) * scale2, (zs - new_s[None, :]) * scale2
+        e = tl.exp2(a)
+        cross += tl.sum(tl.where(e == 0, 0.0, e * ((-b) if kind == NKD else (a - b))), 0)
+        sum_s = sum_s * tl.exp2(step_s) + tl.sum(tl.exp2(b), 0)
+        sum_t = sum_t * shrink + tl.sum(e, 0)
+        if plain:
+            plain_s = plain_s * tl.exp(max_s - new_s) + tl.sum(tl.exp(zs - new_s[None, :]), 0)
+            plain_t = plain_t * tl.exp(max_t - new_t) + tl.sum(tl.exp(zt - new_t[None, :]), 0)
+        max_s, max_t = new_s, new_t
+    sums = _joined(
+        max_s[None, :], sum_s[None, :], max_t[None, :], sum_t[None, :], cross[None, :], plain_s[None, :],
+        plain_t[None, :], scale2, kind, plain,
+    )  # fmt: skip
+    one = tl.arange(0, 1)
+    if SPLITS == 1:
+        result = _row_values(
+            row + one, one == 0, sums, s, t, labels, saved, shape_s, shape_t, classes, tl.full([], alpha, acc),
+            tl.full([], beta, acc), scale, ignored, kind, has_labels, plain, width,
+        )  # fmt: skip
+        tl.store(values + row + one, result)
+    else:
+        part = values + row.to(tl.int64) * SPLITS + split + one
+        size = tl.num_programs(0).to(tl.int64) * SPLITS
+        for i in tl.static_range(7 if plain else 5):
+            tl.store(part + i * size, sums[i])
+
+
+@triton.jit
+def _part(values, index, at, ok):
+    return tl.load(values + index + at, ok, other=0.0)
+
+
+@triton.jit
+def finish_rows(
+    s, t, labels, saved, values, loss, share, shape_s, shape_t, rows, classes, alpha: tl.float64, beta: tl.float64,
+    inverse_t: tl.float64, ignored,
+    kind: tl.constexpr, has_labels: tl.constexpr, plain: tl.constexpr, width: tl.constexpr, acc: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits of all rows; loss and share as :func:`finish`."""
+    scale = tl.full([], inverse_t, acc)
+    scale2 = tl.full([], inverse_t * LOG2E, acc)
+    size = rows.to(tl.int64) * SPLITS
+    total, counted = tl.zeros([ROWS], tl.float64), tl.zeros([ROWS], tl.int64)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        ok = row < rows
+        at = row[:, None].to(tl.int64) * SPLITS + tl.arange(0, SPLITS)[None, :]
+        there = ok[:, None] & (at >= 0)
+        sum_s, sum_t = _part(values, size, at, there), _part(values, 3 * size, at, there)
+        plain_s, plain_t = sum_s, sum_t
+        if plain:
+            plain_s, plain_t = _part(values, 5 * size, at, there), _part(values, 6 * size, at, there)
+        sums = _joined(
+            _part(values, 0, at, there), sum_s, _part(values, 2 * size, at, there), sum_t,
+            _part(values, 4 * size, at, there), plain_s, plain_t, scale2, kind, plain,
+        )  # fmt: skip
+        result = _row_values(
+            row, ok, sums, s, t, labels, saved, shape_s, shape_t, classes, tl.full([], alpha, acc),
+            tl.full([], beta, acc), scale, ignored, kind, has_labels, plain, width,
+        )  # fmt: skip
+        total += result.to(tl.float64)
+        counts = (ok & (tl.load(labels + row, ok, other=0) != ignored)) if has_labels else ok
+        counted += tl.where(counts, 1, 0)
+    count = tl.sum(counted, 0)
+    inverse = tl.where(count > 0, 1.0 / tl.maximum(count, 1).to(tl.float64), 0.0)
+    tl.store(loss, (tl.sum(total, 0) * inverse).to(acc))
+    tl.store(share, inverse.to(acc))
 
 
 @triton.jit
@@ -161,9 +247,7 @@ def backward_rows(
         top_t, log_t = tl.load(saved + 2), tl.load(saved + 3)
         both = upstream * tl.full([], beta, acc) * scale
         own, plain_factor, at_target = both * 0, both * 0, both * 0
-        ok = inside
         if kind != KL:
-            ok = ok & (k != label)
             known = (label >= 0) & (label < classes)
             at = tl.where(known, label, 0)
             ys = tl.load(s + at * shape_s[3]).to(acc) - top_s
@@ -190,9 +274,10 @@ def backward_rows(
                     plain_factor = -at_target
                 else:
                     own = -at_target
-        zs = _load(s, k, shape_s, ok, acc) - top_s
+        # The target is loaded too: without it the loads would be narrow.
+        zs = _load(s, k, shape_s, inside, acc) - top_s
         log_p = zs * scale - log_s
-        log_q = (_load(t, k, shape_t, ok, acc) - top_t) * scale - log_t
+        log_q = (_load(t, k, shape_t, inside, acc) - top_t) * scale - log_t
         q = tl.exp(log_q)
         if teacher:
             difference = -log_p if kind == NKD else log_q - log_p
@@ -269,6 +354,21 @@ def _block(classes: int, most: int, wide: bool) -> dict[str, int]:
     return {"BLOCK": block, **options(max(1, min(8, block // share)))}
 
 
+def _splits(c: _Call) -> tuple[int, int, dict[str, int]]:
+    """Parts of a row in the forward, classes of a part, and the tile of :func:`forward_rows`."""
+    size = 8 if c.wide else max(c.student.element_size(), c.teacher.element_size())
+    steps, lanes, warps = FORWARD_TILE[size]
+    needed = max(16, triton.next_power_of_2(c.classes))
+    if needed < lanes:  # 128 logits and more for each warp
+        lanes, warps = needed, max(1, min(warps, needed // 128))
+    steps = max(1, min(steps, needed // lanes))
+    block = steps * lanes
+    most = min(PROGRAMS // max(c.rows, 1), c.classes // block)
+    splits = 1 if most < 2 else 1 << (most.bit_length() - 1)
+    chunk = triton.cdiv(triton.cdiv(c.classes, splits), block) * block
+    return splits, chunk, {"STEPS": steps, "LANES": lanes, **options(warps)}
+
+
 class _Call:
     """Shapes, labels and constants that both directions share."""
 
@@ -310,12 +410,20 @@ def logits(student: Tensor, teacher: Tensor, labels: Tensor | None, *settings: A
         if c.kind == DIST:
             _dist().forward(c, loss, saved)
             return loss, saved
-        values = student.new_empty((c.rows,), dtype=c.dtype)
+        splits, chunk, tile = _splits(c)
+        values = student.new_empty((c.rows * (1 if splits == 1 else 7 * splits),), dtype=c.dtype)
         if c.rows:
-            forward_rows[(c.rows,)](
-                c.student, c.teacher, c.labels, saved, values, c.shape_s, c.shape_t, c.classes, c.alpha, c.beta,
-                c.inverse_t, c.ignore_index, **c.constants, **_block(c.classes, FORWARD_BLOCK, c.wide),
+            forward_rows[(c.rows, splits)](
+                c.student, c.teacher, c.labels, saved, values, c.shape_s, c.shape_t, c.classes, chunk, c.alpha, c.beta,
+                c.inverse_t, c.ignore_index, SPLITS=splits, **c.constants, **tile,
             )  # fmt: skip
+        if splits > 1:
+            finish_rows[(1,)](
+                c.student, c.teacher, c.labels, saved, values, loss, saved[-1:], c.shape_s, c.shape_t, c.rows,
+                c.classes, c.alpha, c.beta, c.inverse_t, c.ignore_index, SPLITS=splits,
+                ROWS=max(1, min(JOINED // splits, triton.next_power_of_2(c.rows))), **c.constants, **options(8),
+            )  # fmt: skip
+            return loss, saved
         finish[(1,)](
             values, c.labels, loss, saved[-1:], c.rows, c.ignore_index, 0, has_labels=labels is not None,
             acc=c.constants["acc"], BLOCK=1024, **options(4),
