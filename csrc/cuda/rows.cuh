@@ -180,11 +180,10 @@ __device__ void block_join(A (&values)[kCount], const F& join) {
     for (int c = 0; c < kCount; ++c) warps[threadIdx.x / 32][c] = values[c];
   }
   __syncthreads();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
-  for (int c = 0; c < kCount; ++c) {
-    values[c] = warps[0][c];
-    for (int w = 1; w < count; ++w) values[c] = join(values[c], warps[w][c]);
-  }
+  for (int c = 0; c < kCount; ++c) values[c] = lane < count ? warps[lane][c] : F::template none<A>();
+  warp_join(values, join);
 }
 
 // Threads that share a row.
@@ -207,11 +206,19 @@ struct BlockTeam {
 
 struct Sum {
   template <class A>
+  __device__ static A none() {
+    return A(0);
+  }
+  template <class A>
   __device__ A operator()(A x, A y) const {
     return x + y;
   }
 };
 struct Largest {
+  template <class A>
+  __device__ static A none() {
+    return static_cast<A>(-INFINITY);
+  }
   template <class A>
   __device__ A operator()(A x, A y) const {
     return larger(x, y);
