@@ -230,7 +230,7 @@ int32_t kd_direction_forward(const kd_direction_problem* problem, void* loss, vo
                       warps = std::min<int64_t>(each, d::kSmallThreads / 32);
         const auto blocks = static_cast<unsigned>((rows + warps - 1) / warps);
         if (cluster > 1 || blocks == 1) {
-          return KD_LAUNCH_CLUSTER(kernel, dim3(std::min<unsigned>(blocks, cluster)),
+          return KD_LAUNCH_CLUSTER(kernel, dim3(blocks == 1 ? 1 : cluster),
                                    dim3(static_cast<unsigned>(32 * warps)), 0, stream,
                                    d::Inputs<T, C>(*problem), static_cast<A*>(factors),
                                    static_cast<A*>(parts), static_cast<A*>(loss), static_cast<A*>(total));

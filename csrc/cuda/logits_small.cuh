@@ -56,8 +56,8 @@ cudaError_t launch_small(const Call<T>& call, accumulator<T>* loss, cudaStream_t
   const dim3 threads(static_cast<unsigned>(32 * warps));
   const auto blocks = static_cast<unsigned>((call.rows + warps - 1) / warps);
   if (cluster > 1 || blocks == 1) {
-    return KD_LAUNCH_CLUSTER(kernel, dim3(std::min<unsigned>(blocks, cluster)), threads, 0, stream, call,
-                             loss, int{kRowPhase}, int{kSumPhase});
+    return KD_LAUNCH_CLUSTER(kernel, dim3(blocks == 1 ? 1 : cluster), threads, 0, stream, call, loss,
+                             int{kRowPhase}, int{kSumPhase});
   }
   for (int phase = kRowPhase; phase <= kSumPhase; ++phase) {
     if (phase == kColumnPhase && kKind != KD_LOGITS_DIST) continue;
