@@ -67,3 +67,21 @@ def test_dist_joins_parts_of_columns(labelled) -> None:
     s, t, y = make((70, 20), "ignored")
     check("triton", s, t, y if labelled else None, ("dist", 1.3, 0.7, 2.0))
     check("triton", *(v[:1].expand(70, 20) for v in (s, t)), None, ("dist", 1.3, 0.7, 1.0))
+
+
+@pytest.mark.parametrize("kind", ["plain", "saturated", "rising", "ignored"])
+@pytest.mark.parametrize("setting", SETTINGS[:6], ids=str)
+def test_programs_that_share_a_row(monkeypatch, setting, kind) -> None:
+    """4 splits of 3 or 4 tiles each, the last shorter; 7 rows, which finish_rows joins 2 at a time."""
+    from kdfast.kernels import logits as kernels
+
+    for size in (2, 4, 8):
+        monkeypatch.setitem(kernels.FORWARD_TILE, size, (2, 16, 1))
+    monkeypatch.setattr(kernels, "PROGRAMS", 28)
+    monkeypatch.setattr(kernels, "JOINED", 8)
+    s, t, y = make((7, 440), kind)
+    labels = y if kind == "ignored" or setting[0] != "kl" else None
+    check("triton", s, t, labels, setting)
+    if kind == "plain":
+        check("triton", s.double(), t.double(), y, setting, floor=1e-13)
+        check("triton", s[:, ::2].bfloat16(), t[:, ::2].bfloat16(), y // 2, setting)

@@ -158,8 +158,16 @@ def test_logits_types_and_strides(library, setting):
         a, b = change(s), change(t)
         labels = (y % a.shape[-1])[:, :: 2 if a.shape[1] == 3 else 1].contiguous()
         check_logits(library, a, b, labels, setting)
-    many, other, labels = make((70, 9), "ignored")  # dist: more rows than lanes of a block
-    check_logits(library, many, other, labels, setting)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_logits_of_several_blocks(library, setting):
+    """Small problems: blocks of 32 rows; dist: more columns than a tile, more rows than the threads of a tile hold."""
+    for shape in ((70, 40), (300, 9)):
+        s, t, labels = make(shape, "ignored")
+        check_logits(library, s, t, labels, setting)
+    s, t, labels = make((40, 300))  # dist: not small, its tiles are one launch
+    check_logits(library, s, t, labels, setting)
 
 
 @pytest.mark.parametrize("setting", SETTINGS[1::2], ids=str)

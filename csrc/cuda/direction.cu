@@ -1,18 +1,25 @@
 // Op direction on a GPU. Formulas: kdfast/reference/direction.py.
 //
-//   forward   direction_rows, direction_mean   2 launches: reads 3 B D elements once (class means from
-//   caches) backward  direction_gradient               1 launch: reads 2 B D (1 per side and the centres),
-//   writes B D per side
+//   forward   direction_small                  1 launch of a cluster, for small problems
+//             direction_rows, direction_mean   2 launches
+//             reads 3 B D elements once (class means from caches)
+//   backward  direction_gradient               1 launch: reads 2 B D (1 per side and the centres), writes
+//             B D per side
 //
 // A warp has a row. The balanced weight 1 / (rows of the same class) is counted by every warp over all
 // labels.
 
+#include <algorithm>
+
+#include "cluster.h"
 #include "direction.h"
 #include "rows.cuh"
 
 namespace kd::direction {
 namespace {
 
+constexpr int kSmallThreads = 512;
+constexpr int64_t kSmallRows = 1024, kSmallElements = 1 << 18;
 constexpr int kRowWarps = 4;            // few rows per block, to spread few rows over many multiprocessors
 constexpr double kSquareFloor = 1e-24;  // NORM_FLOOR of the reference, squared
 
@@ -43,37 +50,40 @@ __device__ A length(A square) {
   return square <= static_cast<A>(kSquareFloor) ? A(0) : root(square);  // of NaN: NaN
 }
 
-__device__ inline int64_t row_of_warp() { return int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32; }
+__device__ inline int64_t row_of_warp() { return int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32; }
 
-template <class T, class C>
-__global__ __launch_bounds__(32 * kRowWarps) void direction_rows(Inputs<T, C> in, accumulator<T>* factors,
-                                                                 accumulator<T>* parts) {
+// Factors [3] of the gradients of a row, and parts [2]: its weight and its weighted distance. By a warp.
+template <class T, class C, int kSteps>
+__device__ void direction_row(const Inputs<T, C>& in, int64_t row, accumulator<T>* factors,
+                              accumulator<T>* parts) {
   using A = accumulator<T>;
   constexpr int kCount = kPack<T>;
   const int lane = threadIdx.x % 32;
-  const int64_t row = row_of_warp();
-  if (row >= in.rows) return;
   const int64_t label = in.labels ? in.labels[row * in.label_stride] : row;
-  const bool present = !in.labels || label != in.ignore_index;
-  const bool wrong = present && (label < 0 || label >= in.classes);
+  const T *s_row = in.student.row(row), *t_row = in.has_teacher ? in.teacher.row(row) : nullptr;
   A dot = 0, ss = 0, tt = 0, cc = 0;
-  if (present && !wrong) {
-    const T *s_row = in.student.row(row), *t_row = in.has_teacher ? in.teacher.row(row) : nullptr;
-    const C* c_row = in.centers.row(label);
-#pragma unroll 2
-    for (int64_t k = lane * kCount; k < in.columns; k += 32 * kCount) {
-      A s[kCount], c[kCount], t[kCount] = {};
-      in.student.load(s_row, k, in.columns, A(0), s);
-      in.centers.load(c_row, k, in.columns, A(0), c);
-      if (in.has_teacher) in.teacher.load(t_row, k, in.columns, A(0), t);
+  const bool present = !in.labels || label != in.ignore_index;
+  const bool wrong = present && (label < 0 || label >= in.classes), known = present && !wrong;
+  const C* c_row = in.centers.row(known ? label : 0);
+  constexpr int kStep = 32 * kCount;
+  for (int64_t k = lane * kCount; k < in.columns; k += kSteps * kStep) {
+    // Only the centre waits for the label; rows that do not count are read for nothing.
+    A s[kSteps][kCount], c[kSteps][kCount] = {}, t[kSteps][kCount] = {};
+    in.student.load(s_row, k, kStep, in.columns, A(0), s);
+    if (in.has_teacher) in.teacher.load(t_row, k, kStep, in.columns, A(0), t);
+    if (known) in.centers.load(c_row, k, kStep, in.columns, A(0), c);
+#pragma unroll
+    for (int u = 0; u < kSteps; ++u) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        dot += s[j] * c[j], ss += s[j] * s[j], tt += t[j] * t[j], cc += c[j] * c[j];
+        dot += s[u][j] * c[u][j], ss += s[u][j] * s[u][j];
+        tt += t[u][j] * t[u][j], cc += c[u][j] * c[u][j];
       }
     }
   }
-  dot = warp_sum(dot);
-  const A student = length(warp_sum(ss)), teacher = length(warp_sum(tt)), center = length(warp_sum(cc));
+  A sums[4] = {known ? dot : A(0), known ? ss : A(0), known ? tt : A(0), cc};
+  warp_join(sums, Sum{});
+  const A student = length(sums[1]), teacher = length(sums[2]), center = length(sums[3]);
   int same = 1;
   if (in.balanced) {
     same = 0;
@@ -86,7 +96,7 @@ __global__ __launch_bounds__(32 * kRowWarps) void direction_rows(Inputs<T, C> in
   const A longest = of_student ? student : teacher, weight = counts ? A(1) / static_cast<A>(same) : A(0);
   const bool dead = longest == 0 || center == 0;
   const A inverse = dead ? A(0) : 1 / longest, center_inverse = dead ? A(0) : 1 / center;
-  const A cosine = dot * center_inverse * inverse, own = cosine * inverse * inverse * weight;
+  const A cosine = sums[0] * center_inverse * inverse, own = cosine * inverse * inverse * weight;
   factors[3 * row] = -center_inverse * inverse * weight;
   factors[3 * row + 1] = of_student ? own : A(0);
   factors[3 * row + 2] = of_student ? A(0) : own;
@@ -94,13 +104,14 @@ __global__ __launch_bounds__(32 * kRowWarps) void direction_rows(Inputs<T, C> in
   parts[2 * row + 1] = wrong ? static_cast<A>(NAN) : counts ? weight * (1 - cosine) : A(0);
 }
 
+// By one block.
 template <class A>
-__global__ __launch_bounds__(kMostThreads) void direction_mean(const A* parts, int64_t rows, A* loss,
-                                                               A* total) {
+__device__ void add_up(const A* parts, int64_t rows, A* loss, A* total) {
   double sums[2] = {};
+#pragma unroll 4
   for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) {
-    sums[0] += static_cast<double>(parts[2 * i]);
-    sums[1] += static_cast<double>(parts[2 * i + 1]);
+    sums[0] += static_cast<double>(__ldcg(parts + 2 * i));  // perhaps written by this launch
+    sums[1] += static_cast<double>(__ldcg(parts + 2 * i + 1));
   }
   block_join(sums, Sum{});
   if (threadIdx.x != 0) return;
@@ -110,13 +121,38 @@ __global__ __launch_bounds__(kMostThreads) void direction_mean(const A* parts, i
 }
 
 template <class T, class C>
+__global__ __launch_bounds__(32 * kRowWarps) void direction_rows(Inputs<T, C> in, accumulator<T>* factors,
+                                                                 accumulator<T>* parts) {
+  const int64_t row = row_of_warp();
+  if (row < in.rows) direction_row<T, C, sizeof(T) == 2 ? 2 : 4>(in, row, factors, parts);
+}
+
+template <class A>
+__global__ __launch_bounds__(kLargestBlock) void direction_mean(const A* parts, int64_t rows, A* loss,
+                                                                A* total) {
+  add_up(parts, rows, loss, total);
+}
+
+// Both in one launch of a cluster.
+template <class T, class C>
+__global__ __launch_bounds__(kSmallThreads) void direction_small(Inputs<T, C> in, accumulator<T>* factors,
+                                                                 accumulator<T>* parts, accumulator<T>* loss,
+                                                                 accumulator<T>* total) {
+  for (int64_t row = row_of_warp(); row < in.rows; row += int64_t{gridDim.x} * (blockDim.x / 32)) {
+    direction_row<T, C, sizeof(T) == 4 ? 2 : 1>(in, row, factors, parts);
+  }
+  cluster_barrier();
+  if (blockIdx.x == gridDim.x - 1) add_up(parts, in.rows, loss, total);
+}
+
+template <class T, class C>
 __global__ __launch_bounds__(32 * kRowWarps) void direction_gradient(Inputs<T, C> in,
                                                                      const accumulator<T>* grad,
                                                                      const accumulator<T>* factors,
                                                                      const accumulator<T>* total,
                                                                      Rows<T> to_student, Rows<T> to_teacher) {
   using A = accumulator<T>;
-  constexpr int kCount = kPack<T>;
+  constexpr int kCount = kPack<T>, kStep = 32 * kCount, kSteps = sizeof(T) == 2 ? 2 : 4;
   const int64_t row = row_of_warp();
   if (row >= in.rows) return;
   const A scale = *grad / *total;
@@ -126,22 +162,27 @@ __global__ __launch_bounds__(32 * kRowWarps) void direction_gradient(Inputs<T, C
   const C* c_row = in.centers.row(known ? label : 0);
   // A factor that is 0 leaves its row unread.
   const bool reads_center = f0 != 0 && known, reads_student = f1 != 0, reads_teacher = f2 != 0;
-  for (int64_t k = threadIdx.x % 32 * kCount; k < in.columns; k += 32 * kCount) {
-    A out[kCount];
+  for (int64_t k = threadIdx.x % 32 * kCount; k < in.columns; k += kSteps * kStep) {
     if (to_student.data) {
-      A s[kCount] = {}, c[kCount] = {};
-      if (reads_center) in.centers.load(c_row, k, in.columns, A(0), c);
-      if (reads_student) in.student.load(in.student.row(row), k, in.columns, A(0), s);
+      A s[kSteps][kCount] = {}, c[kSteps][kCount] = {};
+      if (reads_center) in.centers.load(c_row, k, kStep, in.columns, A(0), c);
+      if (reads_student) in.student.load(in.student.row(row), k, kStep, in.columns, A(0), s);
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) out[j] = f0 * c[j] + f1 * s[j];
-      to_student.store(to_student.row(row), k, in.columns, out);
+      for (int u = 0; u < kSteps; ++u) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) s[u][j] = f0 * c[u][j] + f1 * s[u][j];
+        to_student.store(to_student.row(row), k + u * kStep, in.columns, s[u]);
+      }
     }
     if (to_teacher.data) {
-      A t[kCount] = {};
-      if (reads_teacher) in.teacher.load(in.teacher.row(row), k, in.columns, A(0), t);
+      A t[kSteps][kCount] = {};
+      if (reads_teacher) in.teacher.load(in.teacher.row(row), k, kStep, in.columns, A(0), t);
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) out[j] = f2 * t[j];
-      to_teacher.store(to_teacher.row(row), k, in.columns, out);
+      for (int u = 0; u < kSteps; ++u) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) t[u][j] *= f2;
+        to_teacher.store(to_teacher.row(row), k + u * kStep, in.columns, t[u]);
+      }
     }
   }
 }
@@ -180,6 +221,22 @@ int32_t kd_direction_forward(const kd_direction_problem* problem, void* loss, vo
     using T = decltype(side);
     using C = decltype(center);
     using A = kd::accumulator<T>;
+    const int64_t rows = problem->rows;
+    if constexpr (sizeof(T) < 8) {
+      if (0 < rows && rows <= d::kSmallRows && rows * problem->columns <= d::kSmallElements) {
+        constexpr auto kernel = d::direction_small<T, C>;
+        const int cluster = kd::cluster_blocks<kernel>(d::kSmallThreads);
+        const int64_t each = (rows + cluster - 1) / cluster,
+                      warps = std::min<int64_t>(each, d::kSmallThreads / 32);
+        const auto blocks = static_cast<unsigned>((rows + warps - 1) / warps);
+        if (cluster > 1 || blocks == 1) {
+          return KD_LAUNCH_CLUSTER(kernel, dim3(blocks == 1 ? 1 : cluster),
+                                   dim3(static_cast<unsigned>(32 * warps)), 0, stream,
+                                   d::Inputs<T, C>(*problem), static_cast<A*>(factors),
+                                   static_cast<A*>(parts), static_cast<A*>(loss), static_cast<A*>(total));
+        }
+      }
+    }
     if (problem->rows > 0) {
       const auto kernel = d::direction_rows<T, C>;
       const cudaError_t error =
@@ -187,8 +244,8 @@ int32_t kd_direction_forward(const kd_direction_problem* problem, void* loss, vo
                     d::Inputs<T, C>(*problem), static_cast<A*>(factors), static_cast<A*>(parts));
       if (error != cudaSuccess) return error;
     }
-    return KD_LAUNCH(d::direction_mean<A>, dim3(1), kd::whole_warps(problem->rows), 0, stream,
-                     static_cast<const A*>(parts), problem->rows, static_cast<A*>(loss),
+    return KD_LAUNCH(d::direction_mean<A>, dim3(1), kd::whole_warps(problem->rows, kd::kLargestBlock), 0,
+                     stream, static_cast<const A*>(parts), problem->rows, static_cast<A*>(loss),
                      static_cast<A*>(total));
   });
 }

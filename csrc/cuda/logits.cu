@@ -1,6 +1,7 @@
 // Op logits on a GPU. Formulas: kdfast/reference/logits.py.
 //
-//   forward   forward_rows, finish              2 launches (dist: dist_rows, dist_columns, finish: 3)
+//   forward   forward_small                     1 launch on GPUs that have clusters, for small problems
+//             forward_rows, finish              2 launches (dist: dist_rows, dist_columns, finish: 3)
 //   backward  backward_rows or dist_gradient    1 launch for both sides
 //
 // Bytes: forward 2 R K elements (dist: 7 R K, all but the first from the caches), backward 2 R K read (dist
@@ -12,6 +13,7 @@
 #include "logits.h"
 #include "logits_dist.cuh"
 #include "logits_rows.cuh"
+#include "logits_small.cuh"
 
 namespace kd::logits {
 namespace {
@@ -22,8 +24,27 @@ dim3 row_threads(int64_t classes) {
 }
 
 template <class T>
-cudaError_t forward(const kd_logits_problem& p, void* loss, void* saved, void* values, cudaStream_t stream) {
+cudaError_t forward_small(const kd_logits_problem& p, const Call<T>& call, accumulator<T>* loss,
+                          cudaStream_t stream) {
+  switch (p.kind) {
+    case KD_LOGITS_KL:
+      return launch_small<T, KD_LOGITS_KL>(call, loss, stream);
+    case KD_LOGITS_DKD:
+      return launch_small<T, KD_LOGITS_DKD>(call, loss, stream);
+    case KD_LOGITS_NKD:
+      return launch_small<T, KD_LOGITS_NKD>(call, loss, stream);
+    default:
+      return launch_small<T, KD_LOGITS_DIST>(call, loss, stream);
+  }
+}
+
+template <class T>
+cudaError_t forward(const kd_logits_problem& p, void* loss_, void* saved, void* values, cudaStream_t stream) {
   const Call<T> call(p, saved, values);
+  auto* const loss = static_cast<accumulator<T>*>(loss_);
+  if constexpr (sizeof(T) < 8) {
+    if (is_small(p)) return forward_small(p, call, loss, stream);
+  }
   const dim3 rows(static_cast<unsigned>(p.rows)), threads = row_threads<T>(p.classes);
   const bool dist = p.kind == KD_LOGITS_DIST;
   if (p.rows > 0) {
@@ -35,13 +56,14 @@ cudaError_t forward(const kd_logits_problem& p, void* loss, void* saved, void* v
     if (error != cudaSuccess) return error;
   }
   if (dist) {
-    const dim3 blocks(static_cast<unsigned>((p.classes + kColumns - 1) / kColumns));
+    const dim3 tiles(static_cast<unsigned>(column_tiles(p.classes)));
+    const int64_t lanes = (p.rows + kHeldRows - 1) / kHeldRows;  // of the rows of a tile
     const cudaError_t error =
-        KD_LAUNCH(dist_columns<T>, blocks, dim3(kColumns, kColumnLanes), 0, stream, call);
+        KD_LAUNCH(dist_columns<T>, tiles, whole_warps(kColumns * lanes, kColumnThreads<T>), 0, stream, call);
     if (error != cudaSuccess) return error;
   }
-  return KD_LAUNCH(finish<T>, dim3(1), whole_warps(std::max(p.rows, dist ? p.classes : 0)), 0, stream, call,
-                   static_cast<accumulator<T>*>(loss));
+  return KD_LAUNCH(finish<T>, dim3(1), whole_warps(std::max(p.rows, dist ? p.classes : 0), kLargestBlock), 0,
+                   stream, call, loss);
 }
 
 template <class T>

@@ -8,7 +8,11 @@ namespace kd::logits {
 namespace {
 
 constexpr double kPearsonEps = 1e-8;  // the published denominator's
-constexpr int kColumns = 32, kColumnLanes = 16;
+constexpr int kColumns = 16;          // of a tile: two rows of it in a warp
+constexpr int kHeldRows = 4;          // of a column in a thread
+
+template <class T>
+constexpr int kColumnThreads = sizeof(T) == 8 ? 512 : kLargestBlock;
 
 enum Column : int { kMeanS, kMeanT, kColumnNormS, kColumnNormT, kColumnProduct };
 
@@ -34,20 +38,16 @@ __device__ Pull<A> pull(A by, A product, A norm_own, A norm_other) {
   return {by / d, norm_own > 0 ? -(by / d) * (product / d) * (norm_other / norm_own) : A(0)};
 }
 
-template <class T>
-__global__ __launch_bounds__(kMostThreads, 1) void dist_rows(Call<T> call) {
+template <class T, class Team>
+__device__ void dist_row(const Call<T>& call, int64_t row, const Team& team) {
   using A = accumulator<T>;
   constexpr int kCount = kPack<T>;
-  const int64_t row = blockIdx.x, classes = call.classes;
+  const int64_t classes = call.classes;
   A* saved = call.row_saved(row);
-  if (call.ignored(row)) {
-    if (static_cast<int>(threadIdx.x) < row_width(KD_LOGITS_DIST)) saved[threadIdx.x] = 0;
-    if (threadIdx.x == 0) call.values[row] = 0;
-    return;
-  }
+  if (call.ignored(row)) return forget_row(call, row, team.lane());
   const T *s_row = call.student.row(row), *t_row = call.teacher.row(row);
   const A scale = call.scale, mean = A(1) / static_cast<A>(classes);
-  const int64_t first = int64_t{threadIdx.x} * kCount, step = int64_t{blockDim.x} * kCount;
+  const int64_t first = int64_t{team.lane()} * kCount, step = int64_t{team.size()} * kCount;
   A s[kCount], t[kCount];
   A tops[2] = {kLowest<A>, kLowest<A>};
   for (int64_t k = first; k < classes; k += step) {
@@ -56,7 +56,7 @@ __global__ __launch_bounds__(kMostThreads, 1) void dist_rows(Call<T> call) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) tops[0] = larger(tops[0], s[j]), tops[1] = larger(tops[1], t[j]);
   }
-  block_join(tops, Largest{});
+  team.join(tops, Largest{});
   A sums[2] = {};
   for (int64_t k = first; k < classes; k += step) {
     call.student.load(s_row, k, classes, kMinusInfinity<A>, s);
@@ -66,7 +66,7 @@ __global__ __launch_bounds__(kMostThreads, 1) void dist_rows(Call<T> call) {
       sums[0] += probability(s[j], tops[0], scale, A(1)), sums[1] += probability(t[j], tops[1], scale, A(1));
     }
   }
-  block_join(sums, Sum{});
+  team.join(sums, Sum{});
   const A inverse_s = 1 / sums[0], inverse_t = 1 / sums[1];
   A products[3] = {};  // st, ss, tt
   for (int64_t k = first; k < classes; k += step) {
@@ -80,64 +80,97 @@ __global__ __launch_bounds__(kMostThreads, 1) void dist_rows(Call<T> call) {
       products[0] += a * b, products[1] += a * a, products[2] += b * b;
     }
   }
-  block_join(products, Sum{});
-  if (threadIdx.x != 0) return;
+  team.join(products, Sum{});
+  if (team.lane() != 0) return;
   const A norm_s = root(products[1]), norm_t = root(products[2]);
   saved[kMaxS] = tops[0], saved[kLogS] = inverse_s, saved[kMaxT] = tops[1], saved[kLogT] = inverse_t;
   saved[kNormS] = norm_s, saved[kNormT] = norm_t, saved[kProduct] = products[0];
   call.values[row] = call.alpha * distance(products[0], norm_s, norm_t);
 }
 
-// Sums over the rows of a block of 32 columns in a fixed order; every thread gets those of its column.
+template <class T>
+__global__ __launch_bounds__(kMostThreads, 1) void dist_rows(Call<T> call) {
+  dist_row(call, blockIdx.x, BlockTeam{});
+}
+
+// Sums over the rows of a tile, whose columns are threadIdx.x % kColumns, in a fixed order; every thread gets
+// those of its column.
 template <int kCount, class A>
 __device__ void column_sum(A (&values)[kCount]) {
-  __shared__ A lanes[kCount][kColumnLanes][kColumns];
-  __syncthreads();
-#pragma unroll
-  for (int c = 0; c < kCount; ++c) lanes[c][threadIdx.y][threadIdx.x] = values[c];
+  __shared__ A warps[kCount][kColumns][kLargestBlock / 32 + 1];
+  __shared__ A totals[kCount][kColumns];
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32,
+            count = static_cast<int>(blockDim.x) / 32;
   __syncthreads();
 #pragma unroll
   for (int c = 0; c < kCount; ++c) {
-    values[c] = 0;
-    for (int l = 0; l < kColumnLanes; ++l) values[c] += lanes[c][l][threadIdx.x];
+    values[c] += __shfl_xor_sync(kFullWarp, values[c], kColumns);
+    if (lane < kColumns) warps[c][lane][warp] = values[c];
   }
+  __syncthreads();
+  for (int i = warp; i < kCount * kColumns; i += count) {
+    const A total = warp_sum(lane < count ? warps[i / kColumns][i % kColumns][lane] : A(0));
+    if (lane == 0) totals[i / kColumns][i % kColumns] = total;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) values[c] = totals[c][lane % kColumns];
 }
 
+// Statistics of the columns of a tile by a block, from the maxima and sums of all rows.
 template <class T>
-__global__ __launch_bounds__(kColumns* kColumnLanes) void dist_columns(Call<T> call) {
+__device__ void dist_tile(const Call<T>& call, int64_t tile) {
   using A = accumulator<T>;
-  const int64_t classes = call.classes, column = int64_t{blockIdx.x} * kColumns + threadIdx.x;
+  const int64_t classes = call.classes, column = tile * kColumns + threadIdx.x % kColumns;
   const bool inside = column < classes;
   const int64_t k = inside ? column : classes - 1;  // every thread takes part in the sums
+  const int64_t lanes = blockDim.x / kColumns, lane = threadIdx.x / kColumns;
   const auto probabilities = [&](int64_t row, A* p, A* q) {
-    const A* saved = call.row_saved(row);
-    *p = probability(static_cast<A>(widen(call.student.row(row)[k * call.student.stride])), saved[kMaxS],
-                     call.scale, saved[kLogS]);
-    *q = probability(static_cast<A>(widen(call.teacher.row(row)[k * call.teacher.stride])), saved[kMaxT],
-                     call.scale, saved[kLogT]);
+    const A* saved = call.row_saved(row);  // perhaps written by this launch
+    *p = probability(static_cast<A>(widen(call.student.row(row)[k * call.student.stride])),
+                     __ldcg(saved + kMaxS), call.scale, __ldcg(saved + kLogS));
+    *q = probability(static_cast<A>(widen(call.teacher.row(row)[k * call.teacher.stride])),
+                     __ldcg(saved + kMaxT), call.scale, __ldcg(saved + kLogT));
   };
-  int64_t first = 0;
-  while (first < call.rows && call.ignored(first)) ++first;
-  A p, q, first_p = 0, first_q = 0;
-  if (first < call.rows) probabilities(first, &first_p, &first_q);
-  A sums[3] = {};  // equal rows have a mean that is theirs to the last bit
-  for (int64_t row = first + threadIdx.y; row < call.rows; row += kColumnLanes) {
-    if (call.ignored(row)) continue;
-    probabilities(row, &p, &q);
-    sums[0] += p - first_p, sums[1] += q - first_q, sums[2] += 1;
+  int64_t start = 0;
+  while (start < call.rows && call.ignored(start)) ++start;
+  A first_p = 0, first_q = 0;
+  if (start < call.rows) probabilities(start, &first_p, &first_q);
+  A p[kHeldRows], q[kHeldRows];
+  bool counts[kHeldRows];
+  const auto hold = [&](int64_t base) {
+#pragma unroll
+    for (int r = 0; r < kHeldRows; ++r) {
+      const int64_t row = base + r * lanes;
+      counts[r] = row < call.rows && !call.ignored(row);
+      p[r] = first_p, q[r] = first_q;
+      if (counts[r]) probabilities(row, &p[r], &q[r]);
+    }
+  };
+  const int64_t step = kHeldRows * lanes;
+  const bool again = call.rows - start > step;  // a thread has more rows than it holds
+  A sums[3] = {};                               // equal rows have a mean that is theirs to the last bit
+  for (int64_t base = start + lane; base < call.rows; base += step) {
+    hold(base);
+#pragma unroll
+    for (int r = 0; r < kHeldRows; ++r) {
+      sums[0] += p[r] - first_p, sums[1] += q[r] - first_q, sums[2] += counts[r] ? 1 : 0;
+    }
   }
   column_sum(sums);
   const A inverse = sums[2] > 0 ? 1 / sums[2] : A(0);
   const A mean_s = first_p + sums[0] * inverse, mean_t = first_q + sums[1] * inverse;
   A products[3] = {};  // st, ss, tt
-  for (int64_t row = first + threadIdx.y; row < call.rows; row += kColumnLanes) {
-    if (call.ignored(row)) continue;
-    probabilities(row, &p, &q);
-    products[0] += (p - mean_s) * (q - mean_t);
-    products[1] += (p - mean_s) * (p - mean_s), products[2] += (q - mean_t) * (q - mean_t);
+  for (int64_t base = start + lane; base < call.rows; base += step) {
+    if (again) hold(base);
+#pragma unroll
+    for (int r = 0; r < kHeldRows; ++r) {
+      const A a = counts[r] ? p[r] - mean_s : A(0), b = counts[r] ? q[r] - mean_t : A(0);
+      products[0] += a * b, products[1] += a * a, products[2] += b * b;
+    }
   }
   column_sum(products);
-  if (!inside || threadIdx.y != 0) return;
+  if (!inside || lane != 0) return;
   const A norm_s = root(products[1]), norm_t = root(products[2]);
   A* to = call.columns() + k;
   to[kMeanS * classes] = mean_s, to[kMeanT * classes] = mean_t;
@@ -145,6 +178,15 @@ __global__ __launch_bounds__(kColumns* kColumnLanes) void dist_columns(Call<T> c
   to[kColumnProduct * classes] = products[0];
   call.values[call.rows + k] =
       sums[2] > 0 ? call.beta * distance(products[0], norm_s, norm_t) / static_cast<A>(classes) : A(0);
+}
+
+__host__ __device__ inline int64_t column_tiles(int64_t classes) {
+  return (classes + kColumns - 1) / kColumns;
+}
+
+template <class T>
+__global__ __launch_bounds__(kColumnThreads<T>) void dist_columns(Call<T> call) {
+  dist_tile(call, blockIdx.x);
 }
 
 template <class T>
@@ -197,7 +239,7 @@ __global__ __launch_bounds__(kMostThreads, 1) void dist_gradient(Call<T> call, c
   }
   block_join(dot, Sum{});
   for (int64_t k = first; k < classes; k += step) {
-    evaluate(k);
+    if (classes > step) evaluate(k);  // else the values are still here
 #pragma unroll
     for (int j = 0; j < kCount; ++j) gradient[j] = a[j] * (gradient[j] - dot[0]);
     to.store(to_row, k, classes, gradient);

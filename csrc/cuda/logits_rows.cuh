@@ -74,18 +74,21 @@ constexpr A kLowest = static_cast<A>(-1e30);
 template <class A>
 constexpr A kMinusInfinity = static_cast<A>(-INFINITY);
 
-// Each thread's sums run on its own maximum, and are joined at the end of the row.
-template <class T, bool kTarget, bool kCross>
-__global__ __launch_bounds__(kMostThreads, 1) void forward_rows(Call<T> call) {
+// A row that does not count.
+template <class T>
+__device__ void forget_row(const Call<T>& call, int64_t row, int lane) {
+  if (lane < row_width(call.kind)) call.row_saved(row)[lane] = 0;
+  if (lane == 0) call.values[row] = 0;
+}
+
+// One row of the forward by a team. Each thread's sums run on its own maximum, and are joined at the end.
+template <class T, bool kTarget, bool kCross, int kSteps, class Team>
+__device__ void forward_row(const Call<T>& call, int64_t row, const Team& team) {
   using A = accumulator<T>;
   constexpr int kCount = kPack<T>;
-  const int64_t row = blockIdx.x, classes = call.classes;
+  const int64_t classes = call.classes;
   A* saved = call.row_saved(row);
-  if (call.ignored(row)) {
-    if (static_cast<int>(threadIdx.x) < row_width(call.kind)) saved[threadIdx.x] = 0;
-    if (threadIdx.x == 0) call.values[row] = 0;
-    return;
-  }
+  if (call.ignored(row)) return forget_row(call, row, team.lane());
   const int64_t label = kTarget ? call.labels[row] : -1;
   const T *s_row = call.student.row(row), *t_row = call.teacher.row(row);
   const A scale = call.scale;
@@ -101,31 +104,41 @@ __global__ __launch_bounds__(kMostThreads, 1) void forward_rows(Call<T> call) {
     }
     max_s = new_s, max_t = new_t;
   };
-  for (int64_t k = int64_t{threadIdx.x} * kCount; k < classes; k += int64_t{blockDim.x} * kCount) {
-    A s[kCount], t[kCount];
-    call.student.load(s_row, k, classes, kMinusInfinity<A>, s);
-    call.teacher.load(t_row, k, classes, kMinusInfinity<A>, t);
+  const int64_t step = int64_t{team.size()} * kCount;
+  for (int64_t k = int64_t{team.lane()} * kCount; k < classes; k += kSteps * step) {
+    A s[kSteps][kCount], t[kSteps][kCount];
+    call.student.load(s_row, k, step, classes, kMinusInfinity<A>, s);
+    call.teacher.load(t_row, k, step, classes, kMinusInfinity<A>, t);
     A new_s = max_s, new_t = max_t;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (kTarget && k + j == label) s[j] = t[j] = kMinusInfinity<A>;
-      new_s = larger(new_s, s[j]), new_t = larger(new_t, t[j]);
+    for (int u = 0; u < kSteps; ++u) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        if (kTarget && k + u * step + j == label) s[u][j] = t[u][j] = kMinusInfinity<A>;
+        new_s = larger(new_s, s[u][j]), new_t = larger(new_t, t[u][j]);
+      }
     }
     move(new_s, new_t);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const A a = (t[j] - max_t) * scale, b = (s[j] - max_s) * scale, e = exponential(a);
-      cross += e == 0 ? A(0) : e * (kCross ? -b : a - b);
-      sum_s += exponential(b), sum_t += e;
-      if (kCross && call.plain) plain_s += exponential(s[j] - max_s), plain_t += exponential(t[j] - max_t);
+    for (int u = 0; u < kSteps; ++u) {
+      if (u > 0 && k + u * step >= classes) break;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const A a = (t[u][j] - max_t) * scale, b = (s[u][j] - max_s) * scale, e = exponential(a);
+        cross += e == 0 ? A(0) : e * (kCross ? -b : a - b);
+        sum_s += exponential(b), sum_t += e;
+        if (kCross && call.plain) {
+          plain_s += exponential(s[u][j] - max_s), plain_t += exponential(t[u][j] - max_t);
+        }
+      }
     }
   }
   A tops[2] = {max_s, max_t};
-  block_join(tops, Largest{});
+  team.join(tops, Largest{});
   move(tops[0], tops[1]);
   A sums[5] = {sum_s, sum_t, cross, plain_s, plain_t};
-  block_join(sums, Sum{});
-  if (threadIdx.x != 0) return;
+  team.join(sums, Sum{});
+  if (team.lane() != 0) return;
   A log_s = logarithm(sums[0]), log_t = logarithm(sums[1]);
   const A value = not_negative(sums[2] / sums[1] + log_s - (kCross ? A(0) : log_t));
   saved[kMaxS] = max_s, saved[kLogS] = log_s, saved[kMaxT] = max_t, saved[kLogT] = log_t;
@@ -151,6 +164,11 @@ __global__ __launch_bounds__(kMostThreads, 1) void forward_rows(Call<T> call) {
     if (!known) result = static_cast<A>(NAN);
   }
   call.values[row] = result;
+}
+
+template <class T, bool kTarget, bool kCross>
+__global__ __launch_bounds__(kMostThreads, 1) void forward_rows(Call<T> call) {
+  forward_row<T, kTarget, kCross, sizeof(T) == 4 ? 4 : 2>(call, blockIdx.x, BlockTeam{});
 }
 
 // The gradient of a row is, for the student, both (p - q) + own p [+ plain exp(z - plain_log)], for the
@@ -243,17 +261,17 @@ __global__ __launch_bounds__(kMostThreads, 1) void backward_rows(Call<T> call, c
   }
 }
 
-// The mean of values over the rows that count, plus the values of columns.
+// The mean of values over the rows that count, plus the values of columns; by one block.
 template <class T>
-__global__ __launch_bounds__(kMostThreads, 1) void finish(Call<T> call, accumulator<T>* loss) {
+__device__ void add_up(const Call<T>& call, accumulator<T>* loss) {
   double sums[3] = {};  // of rows, rows that count, of columns
   for (int64_t i = threadIdx.x; i < call.rows; i += blockDim.x) {
-    sums[0] += static_cast<double>(call.values[i]);
+    sums[0] += static_cast<double>(__ldcg(call.values + i));  // perhaps written by this launch
     sums[1] += call.ignored(i) ? 0 : 1;
   }
   if (call.kind == KD_LOGITS_DIST) {
     for (int64_t k = threadIdx.x; k < call.classes; k += blockDim.x) {
-      sums[2] += static_cast<double>(call.values[call.rows + k]);
+      sums[2] += static_cast<double>(__ldcg(call.values + call.rows + k));
     }
   }
   block_join(sums, Sum{});
@@ -261,6 +279,11 @@ __global__ __launch_bounds__(kMostThreads, 1) void finish(Call<T> call, accumula
   const double share = sums[1] > 0 ? 1 / sums[1] : 0;
   *loss = static_cast<accumulator<T>>(sums[0] * share + sums[2]);
   *call.share() = static_cast<accumulator<T>>(share);
+}
+
+template <class T>
+__global__ __launch_bounds__(kLargestBlock) void finish(Call<T> call, accumulator<T>* loss) {
+  add_up(call, loss);
 }
 
 }  // namespace

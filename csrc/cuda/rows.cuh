@@ -12,12 +12,13 @@ namespace kd {
 namespace {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int kMostWarps = 8, kMostThreads = 32 * kMostWarps;
+constexpr int kMostThreads = 256;    // of a block that has a row
+constexpr int kLargestBlock = 1024;  // of one that adds up
 
 // A block with a thread for each of `count` items, as far as there are threads.
-inline dim3 whole_warps(int64_t count) {
-  const int64_t warps = (count + 31) / 32;
-  return dim3(static_cast<unsigned>(warps < 1 ? 32 : warps > kMostWarps ? kMostThreads : 32 * warps));
+inline dim3 whole_warps(int64_t count, int most = kMostThreads) {
+  const int64_t threads = (count + 31) / 32 * 32;
+  return dim3(static_cast<unsigned>(threads < 32 ? 32 : threads > most ? most : threads));
 }
 
 // Sums run in float, in double for double.
@@ -109,6 +110,27 @@ struct Rows {
     }
   }
 
+  // kSteps packs that lie `step` elements apart: all are under way before the first is used.
+  template <int kSteps, int kCount, class A>
+  __device__ void load(const T* row, int64_t first, int64_t step, int64_t count, A other,
+                       A (&to)[kSteps][kCount]) const {
+    if (packed && first + (kSteps - 1) * step + kCount <= count) {
+      Pack<T, kCount> packs[kSteps];
+#pragma unroll
+      for (int u = 0; u < kSteps; ++u) {
+        packs[u] = *reinterpret_cast<const Pack<T, kCount>*>(row + first + u * step);
+      }
+#pragma unroll
+      for (int u = 0; u < kSteps; ++u) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) to[u][j] = static_cast<A>(widen(packs[u].v[j]));
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < kSteps; ++u) load(row, first + u * step, count, other, to[u]);
+    }
+  }
+
   template <int kCount, class A>
   __device__ void store(T* row, int64_t first, int64_t count, const A (&from)[kCount]) const {
     if (packed && first + kCount <= count) {
@@ -133,10 +155,9 @@ __device__ A warp_sum(A value) {
   return value;
 }
 
-// Values of all threads of a block of whole warps, joined in a fixed order; every thread gets the result.
+// Values of the lanes of a warp, joined in a fixed order; every lane gets the result.
 template <int kCount, class A, class F>
-__device__ void block_join(A (&values)[kCount], const F& join) {
-  __shared__ A warps[kMostWarps][kCount];
+__device__ void warp_join(A (&values)[kCount], const F& join) {
 #pragma unroll
   for (int c = 0; c < kCount; ++c) {
 #pragma unroll
@@ -144,6 +165,13 @@ __device__ void block_join(A (&values)[kCount], const F& join) {
       values[c] = join(values[c], __shfl_xor_sync(kFullWarp, values[c], mask));
     }
   }
+}
+
+// Likewise of all threads of a block of whole warps.
+template <int kCount, class A, class F>
+__device__ void block_join(A (&values)[kCount], const F& join) {
+  __shared__ A warps[kLargestBlock / 32][kCount];
+  warp_join(values, join);
   const int count = static_cast<int>(blockDim.x) / 32;
   if (count == 1) return;
   __syncthreads();  // an earlier result may still be read
@@ -152,20 +180,45 @@ __device__ void block_join(A (&values)[kCount], const F& join) {
     for (int c = 0; c < kCount; ++c) warps[threadIdx.x / 32][c] = values[c];
   }
   __syncthreads();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
-  for (int c = 0; c < kCount; ++c) {
-    values[c] = warps[0][c];
-    for (int w = 1; w < count; ++w) values[c] = join(values[c], warps[w][c]);
-  }
+  for (int c = 0; c < kCount; ++c) values[c] = lane < count ? warps[lane][c] : F::template none<A>();
+  warp_join(values, join);
 }
 
+// Threads that share a row.
+struct WarpTeam {
+  __device__ int lane() const { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ int size() const { return 32; }
+  template <int kCount, class A, class F>
+  __device__ void join(A (&values)[kCount], const F& f) const {
+    warp_join(values, f);
+  }
+};
+struct BlockTeam {
+  __device__ int lane() const { return static_cast<int>(threadIdx.x); }
+  __device__ int size() const { return static_cast<int>(blockDim.x); }
+  template <int kCount, class A, class F>
+  __device__ void join(A (&values)[kCount], const F& f) const {
+    block_join(values, f);
+  }
+};
+
 struct Sum {
+  template <class A>
+  __device__ static A none() {
+    return A(0);
+  }
   template <class A>
   __device__ A operator()(A x, A y) const {
     return x + y;
   }
 };
 struct Largest {
+  template <class A>
+  __device__ static A none() {
+    return static_cast<A>(-INFINITY);
+  }
   template <class A>
   __device__ A operator()(A x, A y) const {
     return larger(x, y);

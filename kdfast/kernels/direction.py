@@ -13,11 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.direction import NORM_FLOOR
-from ._launch import on_device
+from ._launch import on_device, options
 
-TILE = (
-    2048  # elements of one input that a program holds, half in float64: the AOT tests see no register spilled
-)
+# Elements of one input that a program holds, half in float64 (the AOT tests see no register spilled), and its warps.
+# One warp needs no barrier to add up a row, and three inputs are enough bytes in flight.
+FORWARD_TILE, FORWARD_WARPS = 1024, 1
+BACKWARD_TILE, BACKWARD_WARPS = 2048, 4
+FINISH_BLOCK, FINISH_WARPS = 1024, 8
 SQUARE_FLOOR = tl.constexpr(NORM_FLOOR**2)
 LABELS = tl.constexpr(256)  # labels compared at a time, for the weights
 
@@ -50,22 +52,27 @@ def forward_rows(
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     ok = row < rows
     center, counts, wrong = _centers_of(labels_ptr, label_stride, row, ok, classes, ignore_index, LABELLED)
-    read = counts & (wrong == 0)
     dot, ss = tl.zeros([BR, BC], ACC), tl.zeros([BR, BC], ACC)
     tt, cc = tl.zeros([BR, BC], ACC), tl.zeros([BR, BC], ACC)
     for start in range(0, columns, BC):
         col = (start + tl.arange(0, BC)).to(tl.int64)
-        mask = read[:, None] & (col < columns)[None, :]
+        # Only the centre waits for the label; rows that do not count are read for nothing.
+        mask = ok[:, None] & (col < columns)[None, :]
         s = tl.load(s_ptr + row[:, None] * s_row + col[None, :] * s_col, mask, other=0.0).to(ACC)
+        if TEACHER:
+            t = tl.load(t_ptr + row[:, None] * t_row + col[None, :] * t_col, mask, other=0.0).to(ACC)
+            tt += t * t
         c = tl.load(c_ptr + center[:, None] * c_row + col[None, :] * c_col, mask, other=0.0).to(ACC)
         dot += s * c
         ss += s * s
         cc += c * c
-        if TEACHER:
-            t = tl.load(t_ptr + row[:, None] * t_row + col[None, :] * t_col, mask, other=0.0).to(ACC)
-            tt += t * t
-    cosine = tl.sum(dot, 1)
-    student, teacher, length = _length(tl.sum(ss, 1)), _length(tl.sum(tt, 1)), _length(tl.sum(cc, 1))
+    read = counts & (wrong == 0)
+    cosine = tl.where(read, tl.sum(dot, 1), 0.0)
+    student, teacher = (
+        _length(tl.where(read, tl.sum(ss, 1), 0.0)),
+        _length(tl.where(read, tl.sum(tt, 1), 0.0)),
+    )
+    length = _length(tl.where(read, tl.sum(cc, 1), 0.0))
     counts = counts & ((length != 0) | wrong)
     of_student = student >= teacher
     longest = tl.where(of_student, student, teacher)
@@ -135,11 +142,12 @@ def backward_rows(
             tl.store(gt_ptr + row[:, None] * gt_row + col[None, :] * gt_col, f2[:, None] * t, mask)
 
 
-def _tile(rows: int, columns: int, acc: tl.dtype) -> tuple[int, int, int]:
+def _tile(rows: int, columns: int, acc: tl.dtype, tile: int, warps: int) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, its warps. Few rows per program: there are seldom many."""
-    bc = min(triton.next_power_of_2(max(columns, 16)), 1024)
-    br = max(1, min(TILE // (2 if acc == tl.float64 else 1) // bc, 4 if rows <= 4096 else 16))
-    return br, bc, 4 if br * bc >= 1024 else 2
+    tile //= 2 if acc == tl.float64 else 1
+    bc = min(triton.next_power_of_2(max(columns, 16)), 1024, tile)
+    br = max(1, min(tile // bc, 4 if rows <= 4096 else 16))
+    return br, bc, warps if br * bc >= 1024 else min(warps, 2)
 
 
 def _labels(labels: Tensor | None, student: Tensor) -> tuple[Tensor, int]:
@@ -160,7 +168,7 @@ def direction(
     (rows, columns), classes = student.shape, centers.shape[0]
     loss, total = student.new_empty((), dtype=dtype), student.new_empty((), dtype=dtype)
     factors = student.new_empty((rows, 3), dtype=dtype)
-    br, bc, warps = _tile(rows, columns, acc)
+    br, bc, warps = _tile(rows, columns, acc, FORWARD_TILE, FORWARD_WARPS)
     programs = triton.cdiv(rows, br)
     parts = student.new_empty((programs, 2), dtype=dtype)
     t = student if teacher is None else teacher
@@ -169,9 +177,9 @@ def direction(
             forward_rows[(programs,)](
                 student, *student.stride(), t, *t.stride(), centers, *centers.stride(), *_labels(labels, student),
                 factors, parts, rows, columns, classes, ignore_index,
-                teacher is not None, labels is not None, balanced, acc, br, bc, num_warps=warps,
+                teacher is not None, labels is not None, balanced, acc, br, bc, **options(warps),
             )  # fmt: skip
-        finish[(1,)](parts, loss, total, programs, acc, 256, num_warps=4)
+        finish[(1,)](parts, loss, total, programs, acc, FINISH_BLOCK, **options(FINISH_WARPS))
     return loss, factors, total
 
 
@@ -195,7 +203,7 @@ def direction_backward(
     grad_teacher = torch.empty_like(t) if need_teacher else student.new_empty(0)
     gs, gt = grad_student if need_student else student, grad_teacher if need_teacher else t
     acc = _acc(student, teacher, centers)
-    br, bc, warps = _tile(rows, columns, acc)
+    br, bc, warps = _tile(rows, columns, acc, BACKWARD_TILE, BACKWARD_WARPS)
     if rows and (need_student or need_teacher):
         with on_device(student):
             backward_rows[(triton.cdiv(rows, br),)](
@@ -203,7 +211,7 @@ def direction_backward(
                 *_labels(labels, student), gs, *gs.stride(), gt, *gt.stride(),
                 rows, columns, centers.shape[0], ignore_index,
                 labels is not None, need_student, need_teacher, acc, br, bc,
-                num_warps=warps,
+                **options(warps),
             )  # fmt: skip
     return grad_student, grad_teacher
 

@@ -1,8 +1,9 @@
 """Triton backend of the op ``logits``. Formulas: :mod:`kdfast.reference.logits`.
 
-kl, dkd, nkd: the forward has one program per row and reads each logit once (online log-sum-exp per lane, joined at
-the end of the row), the backward one per block of a row: it reads once more and writes the gradient. dist is in
-:mod:`kdfast.kernels.logits_dist`. Nothing synchronises, sums have a fixed order. Launches: forward 2, backward 1 for each side.
+kl, dkd, nkd: the forward reads each logit once (online log-sum-exp per lane, joined at the end); where rows are few,
+several programs share a row, and the launch that adds up the loss joins them. The backward has one program per block of
+a row: it reads once more and writes the gradient. dist is in :mod:`kdfast.kernels.logits_dist`. Nothing synchronises,
+sums have a fixed order. Launches: forward 2, backward 1 for each side.
 """
 
 from __future__ import annotations
@@ -15,232 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import on_device, options
+from .logits_rows import backward_rows, finish, finish_rows, forward_rows
 
-KL, DKD, NKD = (tl.constexpr(i) for i in range(3))
 DIST = 3
 ROW_WIDTH = (5, 5, 7, 7)  # saved per row
-FORWARD_BLOCK = 2048  # logits of a row at a time: 8 of each side in every thread of 8 warps
 BACKWARD_BLOCK = 1024
-LOWEST = tl.constexpr(-1e30)
-
-
-@triton.jit
-def _pair(offset, shape):
-    """Offset of a row among two row axes: shape (inner size, outer stride, inner stride, class stride)."""
-    return (offset // shape[0]).to(tl.int64) * shape[1] + (offset % shape[0]).to(tl.int64) * shape[2]
-
-
-@triton.jit
-def _load(base, k, shape, ok, acc: tl.constexpr):
-    return tl.load(base + k.to(tl.int64) * shape[3], ok, other=float("-inf")).to(acc)
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
-
-
-@triton.jit
-def _sigmoid(x):
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def forward_rows(
-    s, t, labels, saved, values, shape_s, shape_t, classes, alpha: tl.float64,
-    beta: tl.float64, inverse_t: tl.float64, ignored,
-    kind: tl.constexpr, has_labels: tl.constexpr, plain: tl.constexpr, width: tl.constexpr, acc: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """saved [rows, width]: maxima and log-sums, over the classes but the target; values [rows]."""
-    row = tl.program_id(0)
-    saved += row.to(tl.int64) * width
-    label = tl.load(labels + row) if has_labels else 0
-    if has_labels and label == ignored:
-        tl.store(values + row, tl.zeros([], acc))
-        for i in tl.static_range(width):
-            tl.store(saved + i, tl.zeros([], acc))
-    else:
-        s += _pair(row, shape_s)
-        t += _pair(row, shape_t)
-        scale = tl.full([], inverse_t, acc)
-        lanes = tl.arange(0, BLOCK)
-        max_s, max_t = tl.full([BLOCK], LOWEST, acc), tl.full([BLOCK], LOWEST, acc)
-        sum_s, sum_t, cross = tl.zeros([BLOCK], acc), tl.zeros([BLOCK], acc), tl.zeros([BLOCK], acc)
-        plain_s, plain_t = tl.zeros([BLOCK], acc), tl.zeros([BLOCK], acc)
-        for first in range(0, classes, BLOCK):
-            k = first + lanes
-            ok = k < classes
-            if kind != KL:
-                ok = ok & (k != label)
-            zs, zt = _load(s, k, shape_s, ok, acc), _load(t, k, shape_t, ok, acc)
-            new_s, new_t = tl.maximum(max_s, zs), tl.maximum(max_t, zt)
-            # Every lane runs on its own maximum: one exponential more per logit, and no exchange between threads.
-            step_s, step_t = (max_s - new_s) * scale, (max_t - new_t) * scale
-            if kind == NKD:
-                cross = tl.exp(step_t) * (cross - sum_t * step_s)
-            else:
-                cross = tl.exp(step_t) * (cross + sum_t * (step_t - step_s))
-            a, b = (zt - new_t) * scale, (zs - new_s) * scale
-            e = tl.exp(a)
-            term = e * (-b) if kind == NKD else e * (a - b)
-            cross += tl.where(e == 0, 0.0, term)
-            sum_s = sum_s * tl.exp(step_s) + tl.exp(b)
-            sum_t = sum_t * tl.exp(step_t) + e
-            if plain:
-                plain_s = plain_s * tl.exp(max_s - new_s) + tl.exp(zs - new_s)
-                plain_t = plain_t * tl.exp(max_t - new_t) + tl.exp(zt - new_t)
-            max_s, max_t = new_s, new_t
-        top_s, top_t = tl.max(max_s, 0), tl.max(max_t, 0)
-        step_s, step_t = (max_s - top_s) * scale, (max_t - top_t) * scale
-        if kind == NKD:
-            joined = tl.exp(step_t) * (cross - sum_t * step_s)
-        else:
-            joined = tl.exp(step_t) * (cross + sum_t * (step_t - step_s))
-        total_t = tl.sum(sum_t * tl.exp(step_t), 0)
-        log_s, log_t = tl.log(tl.sum(sum_s * tl.exp(step_s), 0)), tl.log(total_t)
-        # A lane without a logit has the lowest maximum and sums of 0: its cross is 0 times a large number.
-        value = tl.sum(tl.where(sum_t == 0, 0.0, joined), 0) / total_t + log_s
-        if kind != NKD:
-            value -= log_t
-        value = tl.where(value < 0, 0.0, value)
-        tl.store(saved, top_s)
-        tl.store(saved + 1, log_s)
-        tl.store(saved + 2, top_t)
-        tl.store(saved + 3, log_t)
-        tl.store(saved + 4, value)
-        result = tl.full([], beta, acc) * value
-        if kind != KL:
-            inside = (label >= 0) & (label < classes)
-            at = tl.where(inside, label, 0)
-            ys = tl.load(s + at * shape_s[3]).to(acc) - top_s
-            yt = tl.load(t + at * shape_t[3]).to(acc) - top_t
-            if kind == DKD:
-                odds_s, odds_t = ys * scale - log_s, yt * scale - log_t
-                target = _sigmoid(odds_t) * (_softplus(-odds_s) - _softplus(-odds_t))
-                target += _sigmoid(-odds_t) * (_softplus(odds_s) - _softplus(odds_t))
-                target = tl.where(target < 0, 0.0, target)
-            else:
-                if plain:
-                    log_s = tl.log(tl.sum(plain_s * tl.exp(max_s - top_s), 0))
-                    log_t = tl.log(tl.sum(plain_t * tl.exp(max_t - top_t), 0))
-                weight = _sigmoid(yt - log_t)
-                tl.store(saved + 5, log_s)
-                tl.store(saved + 6, weight)
-                target = weight * _softplus(log_s - ys)
-            result += tl.full([], alpha, acc) * target
-            result = tl.where(inside, result, float("nan"))
-        tl.store(values + row, result)
-
-
-@triton.jit
-def backward_rows(
-    grad, s, t, labels, saved, share, to, shape_s, shape_t, shape_to, classes, alpha: tl.float64,
-    beta: tl.float64, inverse_t: tl.float64, ignored,
-    kind: tl.constexpr, teacher: tl.constexpr, has_labels: tl.constexpr, plain: tl.constexpr, width: tl.constexpr,
-    acc: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Gradient of one side, see RowFactors in csrc/cpu/logits.simd.cpp; share: 1 over the rows that count."""
-    row = tl.program_id(0)
-    block = tl.program_id(1)
-    saved += row.to(tl.int64) * width
-    s += _pair(row, shape_s)
-    t += _pair(row, shape_t)
-    to += _pair(row, shape_to)
-    k = block * BLOCK + tl.arange(0, BLOCK)
-    inside = k < classes
-    target_of = to + k.to(tl.int64) * shape_to[3]
-    label = tl.load(labels + row) if has_labels else 0
-    if has_labels and label == ignored:
-        tl.store(target_of, tl.zeros([BLOCK], acc).to(to.dtype.element_ty), inside)
-    else:
-        scale = tl.full([], inverse_t, acc)
-        upstream = tl.load(grad).to(acc) * tl.load(share).to(acc)
-        top_s, log_s = tl.load(saved), tl.load(saved + 1)
-        top_t, log_t = tl.load(saved + 2), tl.load(saved + 3)
-        both = upstream * tl.full([], beta, acc) * scale
-        own, plain_factor, at_target = both * 0, both * 0, both * 0
-        ok = inside
-        if kind != KL:
-            ok = ok & (k != label)
-            known = (label >= 0) & (label < classes)
-            at = tl.where(known, label, 0)
-            ys = tl.load(s + at * shape_s[3]).to(acc) - top_s
-            yt = tl.load(t + at * shape_t[3]).to(acc) - top_t
-            both = tl.where(known, both, float("nan"))
-            if kind == DKD:
-                odds_s, odds_t = ys * scale - log_s, yt * scale - log_t
-                by = upstream * tl.full([], alpha, acc) * scale
-                if teacher:
-                    at_target = by * _sigmoid(odds_t) * _sigmoid(-odds_t) * (odds_t - odds_s)
-                else:
-                    high = (odds_s > 0) & (odds_t > 0)
-                    sign = tl.where(high, -1.0, 1.0)
-                    at_target = by * sign * (_sigmoid(sign * odds_s) - _sigmoid(sign * odds_t))
-                own = -at_target
-            if kind == NKD and not teacher:
-                at_target = (
-                    -upstream
-                    * tl.full([], alpha, acc)
-                    * tl.load(saved + 6)
-                    * _sigmoid(tl.load(saved + 5) - ys)
-                )
-                if plain:
-                    plain_factor = -at_target
-                else:
-                    own = -at_target
-        zs = _load(s, k, shape_s, ok, acc) - top_s
-        log_p = zs * scale - log_s
-        log_q = (_load(t, k, shape_t, ok, acc) - top_t) * scale - log_t
-        q = tl.exp(log_q)
-        if teacher:
-            difference = -log_p if kind == NKD else log_q - log_p
-            gradient = tl.where(q == 0, 0.0, q * (both * (difference - tl.load(saved + 4)) + own))
-        else:
-            p = tl.exp(log_p)
-            gradient = both * (p - q) + own * p
-            if plain:
-                gradient += plain_factor * tl.exp(zs - tl.load(saved + 5))
-        if kind != KL:
-            gradient = tl.where(k == label, at_target, gradient)
-        tl.store(target_of, gradient.to(to.dtype.element_ty), inside)
-
-
-@triton.jit
-def finish(
-    values,
-    labels,
-    loss,
-    share,
-    rows,
-    ignored,
-    classes,
-    has_labels: tl.constexpr,
-    acc: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """loss: the mean of values over the rows that count, plus the sum of `classes` values after them.
-
-    share: 1 over the number of rows that count, or 0.
-    """
-    columns = tl.zeros([BLOCK], tl.float64)
-    for first in range(0, classes, BLOCK):
-        k = first + tl.arange(0, BLOCK)
-        columns += tl.load(values + rows + k, k < classes, other=0.0).to(tl.float64)
-    total, counted = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.int64)
-    for first in range(0, rows, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        ok = row < rows
-        total += tl.load(values + row, ok, other=0.0).to(tl.float64)
-        if has_labels:
-            counted += tl.where(ok & (tl.load(labels + row, ok, other=0) != ignored), 1, 0)
-        else:
-            counted += tl.where(ok, 1, 0)
-    count = tl.sum(counted, 0)
-    inverse = tl.where(count > 0, 1.0 / tl.maximum(count, 1).to(tl.float64), 0.0)
-    tl.store(loss, (tl.sum(total, 0) * inverse + tl.sum(columns, 0)).to(acc))
-    tl.store(share, inverse.to(acc))
+# Forward, by bytes of a logit: steps and lanes of a tile, warps. Four loads of 16 bytes and more in flight per thread.
+FORWARD_TILE = {2: (2, 2048, 8), 4: (4, 1024, 8), 8: (1, 512, 8)}
+# Programs that the forward is split into where there are fewer rows (fixed, so that sums do not depend on the GPU).
+PROGRAMS = 1024
+JOINED = 1024  # splits that the one program of finish_rows joins at a time
 
 
 def _rows(v: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -267,6 +52,21 @@ def _block(classes: int, most: int, wide: bool) -> dict[str, int]:
     )  # of a warp: float64's exponentials take many registers
     block = min(most, max(16, triton.next_power_of_2(classes)))
     return {"BLOCK": block, **options(max(1, min(8, block // share)))}
+
+
+def _splits(c: _Call) -> tuple[int, int, dict[str, int]]:
+    """Parts of a row in the forward, classes of a part, and the tile of :func:`forward_rows`."""
+    size = 8 if c.wide else max(c.student.element_size(), c.teacher.element_size())
+    steps, lanes, warps = FORWARD_TILE[size]
+    needed = max(16, triton.next_power_of_2(c.classes))
+    if needed < lanes:  # 128 logits and more for each warp
+        lanes, warps = needed, max(1, min(warps, needed // 128))
+    steps = max(1, min(steps, needed // lanes))
+    block = steps * lanes
+    most = min(PROGRAMS // max(c.rows, 1), c.classes // block)
+    splits = 1 if most < 2 else 1 << (most.bit_length() - 1)
+    chunk = triton.cdiv(triton.cdiv(c.classes, splits), block) * block
+    return splits, chunk, {"STEPS": steps, "LANES": lanes, **options(warps)}
 
 
 class _Call:
@@ -310,12 +110,20 @@ def logits(student: Tensor, teacher: Tensor, labels: Tensor | None, *settings: A
         if c.kind == DIST:
             _dist().forward(c, loss, saved)
             return loss, saved
-        values = student.new_empty((c.rows,), dtype=c.dtype)
+        splits, chunk, tile = _splits(c)
+        values = student.new_empty((c.rows * (1 if splits == 1 else 7 * splits),), dtype=c.dtype)
         if c.rows:
-            forward_rows[(c.rows,)](
-                c.student, c.teacher, c.labels, saved, values, c.shape_s, c.shape_t, c.classes, c.alpha, c.beta,
-                c.inverse_t, c.ignore_index, **c.constants, **_block(c.classes, FORWARD_BLOCK, c.wide),
+            forward_rows[(c.rows, splits)](
+                c.student, c.teacher, c.labels, saved, values, c.shape_s, c.shape_t, c.classes, chunk, c.alpha, c.beta,
+                c.inverse_t, c.ignore_index, SPLITS=splits, **c.constants, **tile,
             )  # fmt: skip
+        if splits > 1:
+            finish_rows[(1,)](
+                c.student, c.teacher, c.labels, saved, values, loss, saved[-1:], c.shape_s, c.shape_t, c.rows,
+                c.classes, c.alpha, c.beta, c.inverse_t, c.ignore_index, SPLITS=splits,
+                ROWS=max(1, min(JOINED // splits, triton.next_power_of_2(c.rows))), **c.constants, **options(8),
+            )  # fmt: skip
+            return loss, saved
         finish[(1,)](
             values, c.labels, loss, saved[-1:], c.rows, c.ignore_index, 0, has_labels=labels is not None,
             acc=c.constants["acc"], BLOCK=1024, **options(4),

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .logits import LOWEST, _block, _Call, _load, _pair, finish
+from .logits import _block, _Call
+from .logits_rows import LOWEST, _load, _pair, finish
 
 EPS = tl.constexpr(1e-8)  # the published denominator's
 BLOCK, BACKWARD_BLOCK = 1024, 512
