@@ -73,6 +73,7 @@ class Config(NamedTuple):
     column: bool  # the first pass: leaves the own cell out
     merge: bool  # adds to the results of the first pass
     whole: bool
+    single: bool  # one step reaches every cell of the line
     query: bool  # which gradients are needed
     key: bool
     acc: tl.dtype
@@ -156,7 +157,15 @@ def _cells(image, line, positions, lines, n, c: tl.constexpr):
 
 
 @triton.jit
-def _load(data, cells, ok, channels, count, c: tl.constexpr):
+def _end(n, c: tl.constexpr):
+    """Where the walk over a line ends; a constant where that is after one step, which then is no loop."""
+    if c.single:
+        return c.other
+    return n
+
+
+@triton.jit
+def _load(data, cells, ok, channels, count: tl.constexpr, c: tl.constexpr):
     """A tile [cells, channels], 0 outside."""
     x = tl.load(
         data + cells[:, None] * count + channels[None, :],
@@ -169,7 +178,7 @@ def _load(data, cells, ok, channels, count, c: tl.constexpr):
 
 
 @triton.jit
-def _products(own, other, own_cells, own_ok, cells, ok, count, c: tl.constexpr):
+def _products(own, other, own_cells, own_ok, cells, ok, count: tl.constexpr, c: tl.constexpr):
     """<own, other> [positions, cells] over ``count`` channels."""
     total = tile(c.own, c.other, c.acc)
     for start in range(0, count, c.inner):
@@ -225,7 +234,9 @@ def _add(part, to, image, line, positions, cells, ok, channels, count, x, c: tl.
 
 
 @triton.jit
-def forward_lines(q, k, v, part, out, part_lse, lse, lines, n, d, e, c: tl.constexpr):
+def forward_lines(
+    q, k, v, part, out, part_lse, lse, lines, n, d: tl.constexpr, e: tl.constexpr, c: tl.constexpr
+):
     """out and lse of a block of positions; grid (B * lines * blocks, blocks of channels)."""
     image, line, first = _program(lines, n, c)
     positions = first + tl.arange(0, c.own)
@@ -234,7 +245,7 @@ def forward_lines(q, k, v, part, out, part_lse, lse, lines, n, d, e, c: tl.const
     most = vector(c.own, c.acc) - float("inf")
     total = vector(c.own, c.acc)
     acc = tile(c.own, c.channels, c.acc)
-    for start in range(0, n, c.other):
+    for start in range(0, _end(n, c), c.other):
         others = start + tl.arange(0, c.other)
         cells = _cells(image, line, others, lines, n, c)
         scores = _products(q, k, at, ok, cells, others < n, d, c)
@@ -263,13 +274,13 @@ def forward_lines(q, k, v, part, out, part_lse, lse, lines, n, d, e, c: tl.const
 
 @triton.jit
 def _value_gradient(
-    q, k, g, lse, part, to, image, line, positions, block, lines, n, d, e, c: tl.constexpr
+    q, k, g, lse, part, to, image, line, positions, block, lines, n, d: tl.constexpr, e: tl.constexpr, c: tl.constexpr
 ):  # fmt: skip
     """The gradient of values at ``positions``, one block of channels."""
     ok, at = positions < n, _cells(image, line, positions, lines, n, c)
     channels = block * c.channels + tl.arange(0, c.channels)
     acc = tile(c.own, c.channels, c.acc)
-    for start in range(0, n, c.other):
+    for start in range(0, _end(n, c), c.other):
         others = start + tl.arange(0, c.other)
         cells = _cells(image, line, others, lines, n, c)
         scores = _products(k, q, at, ok, cells, others < n, d, c)
@@ -284,7 +295,8 @@ def _value_gradient(
 @triton.jit
 def _score_gradient(
     own, other, own_side, other_side, lse, delta, part, to, other_part, other_to,
-    image, line, positions, block, lines, n, d, e, KEY: tl.constexpr, c: tl.constexpr,
+    image, line, positions, block, lines, n,
+    d: tl.constexpr, e: tl.constexpr, KEY: tl.constexpr, c: tl.constexpr,
 ):  # fmt: skip
     """The gradient of queries at ``positions``, one block of channels; and of all keys of the line, if it is whole.
 
@@ -296,7 +308,7 @@ def _score_gradient(
     if not KEY:
         log_sum = tl.load(lse + at, ok, other=0.0)[:, None]
         shift = tl.load(delta + at, ok, other=0.0)[:, None]
-    for start in range(0, n, c.other):
+    for start in range(0, _end(n, c), c.other):
         others = start + tl.arange(0, c.other)
         inside, cells = others < n, _cells(image, line, others, lines, n, c)
         if KEY:
@@ -426,12 +438,13 @@ class _Call:
 
         whole = needed is not None and n <= tiles.whole
         own = at_most(tiles.whole if whole else tiles.own, n)
+        other = at_most(tiles.other, n)
         native = self.half and not (self.value.dtype == torch.bfloat16 and backend.interpreting())
         acc = tl.float64 if self.dtype == torch.float64 else tl.float32
         terms = TERMS if native and self.value.dtype == torch.bfloat16 else 0
         return Config(
-            own, at_most(tiles.other, n), tiles.inner, at_most(tiles.channels, self.e), at_most(WIDE, self.d), column,
-            not column and self.height > 1, whole, *(needed or (False, False)), acc, self.precision, native, terms,
+            own, other, tiles.inner, at_most(tiles.channels, self.e), at_most(WIDE, self.d), column,
+            not column and self.height > 1, whole, n <= other, *(needed or (False, False)), acc, self.precision, native, terms,
         )  # fmt: skip
 
 
@@ -489,7 +502,7 @@ def criss_cross_backward(
             first = 0 if scored else blocks
             kinds = blocks + (triton.cdiv(call.e, c.channels) if need_value else 0) - first
             backward_lines[(call.batch * lines * triton.cdiv(n, c.own), kinds)](
-                q, k, v, g, lse, lse if delta is None else delta, *parts, *map(_map, found), lines, n, call.d, call.e,
-                first, c=c, **options(tiles.warps, tiles.stages),
+                q, k, v, g, lse, lse if delta is None else delta, *parts, *map(_map, found), lines, n, first,
+                call.d, call.e, c=c, **options(tiles.warps, tiles.stages),
             )  # fmt: skip
     return tuple(found)
