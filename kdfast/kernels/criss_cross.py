@@ -33,6 +33,9 @@ class Map(NamedTuple):
     position: int
 
 
+MAX = 1 << 30
+
+
 class Tiles(NamedTuple):
     own: int  # positions of a program
     whole: int  # most positions of a program of the backward that has all of its line
@@ -43,20 +46,23 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# By the precision of the products ("half": half types as they are). Three TF32 products add up to float32's precision.
+# Three TF32 products add up to float32's precision.
 FLOAT32 = "ieee" if torch.version.hip else "tf32x3"
+# By the precision of the products ("half": half types as they are), for lines of at most so many cells.
 FORWARD = {
-    "ieee": Tiles(16, 16, 16, 16, 16, 4, 1),
-    "tf32x3": Tiles(64, 64, 32, 32, 64, 4, 2),
-    "tf32": Tiles(64, 64, 32, 32, 64, 4, 2),
-    "half": Tiles(64, 64, 64, 32, 64, 4, 2),
+    "ieee": {MAX: Tiles(16, 0, 16, 16, 16, 4, 1)},
+    "tf32x3": {MAX: Tiles(64, 0, 64, 32, 64, 4, 2)},
+    "tf32": {MAX: Tiles(64, 0, 64, 32, 64, 4, 2)},
+    "half": {MAX: Tiles(64, 0, 64, 64, 64, 4, 2)},
 }
 BACKWARD = {
-    "ieee": Tiles(16, 16, 16, 16, 16, 4, 1),
-    "tf32x3": Tiles(64, 128, 32, 32, 64, 8, 2),
-    "tf32": Tiles(64, 128, 32, 32, 64, 8, 2),
-    "half": Tiles(64, 128, 32, 32, 64, 8, 2),
+    "ieee": {MAX: Tiles(16, 0, 16, 16, 16, 4, 1)},
+    "tf32x3": {64: Tiles(64, 64, 64, 16, 64, 4, 2), MAX: Tiles(64, 0, 32, 16, 64, 4, 2)},
+    "tf32": {64: Tiles(64, 64, 64, 32, 64, 4, 2), MAX: Tiles(64, 0, 32, 32, 64, 4, 2)},
+    "half": {64: Tiles(64, 64, 64, 32, 64, 4, 2), MAX: Tiles(64, 0, 64, 32, 64, 4, 2)},
 }
+# Where products of tiles need all of their operands in registers.
+SMALL = Tiles(32, 0, 32, 16, 32, 4, 2)
 TERMS = 2  # bfloat16 numbers that a weight is split into: 2 keep 16 bits
 WIDE = 64  # most channels of queries and keys whose gradient a program has
 PIXELS, CHANNELS = 32, 64  # of a tile of ``prepare``
@@ -172,9 +178,9 @@ def _load(data, cells, ok, channels, count: tl.constexpr, c: tl.constexpr):
         ok[:, None] & (channels < count)[None, :],
         other=0.0,
     )
-    if c.native:
-        return x
-    return x.to(c.acc)
+    if not c.native:
+        x = x.to(c.acc)
+    return x
 
 
 @triton.jit
@@ -378,6 +384,17 @@ def _map(x: Tensor) -> Map:
     return Map(x, *x.stride()) if x.dim() == 4 else Map(x, 0, 0, 0, 0)  # the latter: no gradient needed
 
 
+def capability(v: Tensor) -> int:
+    """Of the device's tensor cores; from 9 on they read operands from shared memory."""
+    return torch.cuda.get_device_capability(v.device)[0] if v.is_cuda else 9
+
+
+def _tiles(table: dict[int, Tiles], n: int, v: Tensor) -> Tiles:
+    if v.dtype != torch.float64 and capability(v) < 9:
+        return SMALL
+    return table[min(most for most in table if n <= most)]
+
+
 def _is_cells(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
@@ -458,8 +475,8 @@ def criss_cross(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
         q, k, v, _ = call.prepare([query, key, value])
         part = _cells_of(out) if call.height > 1 else out
         part_lse = call.statistics() if call.height > 1 else lse
-        tiles = FORWARD[call.tiles]
         for column, lines, n in call.passes():
+            tiles = _tiles(FORWARD[call.tiles], n, value)
             c = call.config(tiles, n, column, None)
             grid = (call.batch * lines * triton.cdiv(n, c.own), triton.cdiv(call.e, c.channels))
             forward_lines[grid](
@@ -495,8 +512,8 @@ def criss_cross_backward(
         q, k, v, g = call.prepare([query, key, value], grad_out, out, delta)
         several = call.height > 1
         parts = [_cells_of(x) if several and x.dim() == 4 else x for x in found]
-        tiles = BACKWARD[call.tiles]
         for column, lines, n in call.passes():
+            tiles = _tiles(BACKWARD[call.tiles], n, value)
             c = call.config(tiles, n, column, (need_query, need_key))
             blocks = triton.cdiv(call.d, c.wide) * (1 if c.whole else 2)
             first = 0 if scored else blocks
