@@ -350,9 +350,9 @@ def backward_lines(
     to_v,
     lines,
     n,
-    d,
-    e,
     first_kind,
+    d: tl.constexpr,
+    e: tl.constexpr,
     c: tl.constexpr,
 ):
     """Gradients of a block of positions; grid (B * lines * blocks, kinds).
@@ -445,7 +445,7 @@ class _Call:
                 *map(_map, given), *cells, grad_cells, grad_cells if delta is None else delta, total, self.width,
                 self.d, self.e, *counts, DELTA=wanted, COPY=copy, FLAT=flat,
                 ACC=tl.float64 if self.dtype == torch.float64 else tl.float32,
-                PIXELS=PIXELS, CHANNELS=CHANNELS, num_warps=4,
+                PIXELS=PIXELS, CHANNELS=CHANNELS, **options(4, 1),
             )  # fmt: skip
         return *cells, grad_cells
 
