@@ -18,7 +18,10 @@ from ..ops.affinity import new_result
 from ..reference._common import accumulator
 from ._launch import on_device, options, precision
 
+FLOAT32 = "ieee" if torch.version.hip else "tf32x3"  # three TF32 products add up to float32's precision
 QUERIES, KEYS = 32, 32
+WARPS = 8  # of a sweep
+ROWS, SIDE_BY_SIDE = 64, 8  # of a tile of ``prefix``
 COLUMNS = 32  # of e at a time, half in float64: the AOT tests see no register spilled
 
 
@@ -42,6 +45,21 @@ def totals(
         v = v.to(tl.float64)
         tl.store(to_ptr + col, tl.sum(v, 0), col < columns)
         tl.store(to_ptr + columns + col, tl.sum(key[:, None] * v, 0), col < columns)
+
+
+@triton.jit
+def prefix(data_ptr, rows, columns, ROWS: tl.constexpr, BC: tl.constexpr):
+    """Sums over the rows before and including each, in place; row 0, not yet written, becomes 0."""
+    col = tl.program_id(0) * BC + tl.arange(0, BC)
+    data_ptr += tl.program_id(1).to(tl.int64) * rows * columns
+    before = tl.zeros([BC], tl.float64)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (col < columns)[None, :]
+        at = data_ptr + row.to(tl.int64)[:, None] * columns + col[None, :]
+        x = tl.load(at, inside & (row > 0)[:, None], other=0.0)
+        tl.store(at, tl.cumsum(x, 0) + before[None, :], inside)
+        before += tl.sum(x, 0)
 
 
 @triton.jit
@@ -117,7 +135,8 @@ def _sweep(
     chunks = triton.cdiv(keys, KEYS)
     wide = dtype == torch.float64
     bc = min(COLUMNS // (2 if wide else 1), max(16, triton.next_power_of_2(columns)))
-    before = v.new_zeros((batch, chunks + 1, 2, columns), dtype=torch.float64)
+    kind = precision(v.dtype)
+    before = v.new_empty((batch, chunks + 1, 2, columns), dtype=torch.float64)
     with on_device(v):
         totals[(chunks, batch)](
             descending,
@@ -133,13 +152,15 @@ def _sweep(
             bc,
             num_warps=4,
         )
-        before = before.cumsum(1)
+        prefix[(triton.cdiv(2 * columns, SIDE_BY_SIDE), batch)](
+            before, chunks + 1, 2 * columns, ROWS, SIDE_BY_SIDE, num_warps=4
+        )
         to, given = v if out is None else out, v if other is None else other
         sweep[(triton.cdiv(queries, QUERIES), batch)](
             ascending, query_order, rank, descending, key_order, center, before, v, *v.stride(), given, *given.stride(),
             to, *to.stride(), before if dots is None else dots, queries, keys, columns, chunks, count,
             out is not None, dots is not None, tl.float64 if wide else tl.float32,
-            precision(v.dtype), QUERIES, KEYS, bc, **options(8, stages=1),
+            FLOAT32 if kind == "ieee" and not wide else kind, QUERIES, KEYS, bc, **options(WARPS, stages=1),
         )  # fmt: skip
 
 
