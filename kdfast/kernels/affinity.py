@@ -18,7 +18,10 @@ from ..ops.affinity import new_result
 from ..reference._common import accumulator
 from ._launch import on_device, options, precision
 
+FLOAT32 = "ieee" if torch.version.hip else "tf32x3"  # three TF32 products add up to float32's precision
 QUERIES, KEYS = 32, 32
+WARPS = 8  # of a sweep
+ROWS, SIDE_BY_SIDE = 64, 8  # of a tile of ``prefix``
 COLUMNS = 32  # of e at a time, half in float64: the AOT tests see no register spilled
 
 
@@ -45,14 +48,29 @@ def totals(
 
 
 @triton.jit
+def prefix(data_ptr, rows, columns, ROWS: tl.constexpr, BC: tl.constexpr):
+    """Sums over the rows before and including each, in place; row 0, not yet written, becomes 0."""
+    col = tl.program_id(0) * BC + tl.arange(0, BC)
+    data_ptr += tl.program_id(1).to(tl.int64) * rows * columns
+    before = tl.zeros([BC], tl.float64)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (col < columns)[None, :]
+        at = data_ptr + row.to(tl.int64)[:, None] * columns + col[None, :]
+        x = tl.load(at, inside & (row > 0)[:, None], other=0.0)
+        tl.store(at, tl.cumsum(x, 0) + before[None, :], inside)
+        before += tl.sum(x, 0)
+
+
+@triton.jit
 def sweep(
     query_ptr, query_order_ptr, rank_ptr, key_ptr, key_order_ptr, center_ptr, before_ptr,
     v_ptr, v_batch, v_row, v_col, with_ptr, with_batch, with_row, with_col,
-    out_ptr, out_batch, out_row, out_col, dots_ptr, queries, keys, columns, chunks, scale,
+    out_ptr, out_batch, out_row, out_col, dots_ptr, queries, keys, columns, chunks, count,
     OUT: tl.constexpr, DOTS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """out_i = scale (query_i G_i + H_i) and dots_i = scale <with_i, G_i>, for a tile of queries in ascending order."""
+    """out_i = (query_i G_i + H_i) / count and dots_i = <with_i, G_i> / count, for a tile of queries in ascending order."""
     image = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     ok = place < queries
@@ -88,7 +106,7 @@ def sweep(
         mask = ok[:, None] & in_row[None, :]
         if OUT:
             h = tl.load(before_ptr + columns + col, in_row, other=0.0)
-            result = (values.to(tl.float64) + wide[:, None] * g[None, :] + h[None, :]) * scale
+            result = (values.to(tl.float64) + wide[:, None] * g[None, :] + h[None, :]) / count
             tl.store(
                 out_ptr + image * out_batch + i[:, None] * out_row + col[None, :] * out_col, result, mask
             )
@@ -97,12 +115,12 @@ def sweep(
             other = tl.load(address, mask, other=0.0).to(tl.float64)
             dots += tl.sum(other * (sums.to(tl.float64) + g[None, :]), 1)
     if DOTS:
-        tl.store(dots_ptr + image * queries + i, dots * scale, ok)
+        tl.store(dots_ptr + image * queries + i, dots / count, ok)
 
 
 def _sweep(
     query: Tensor, query_order: Tensor, key: Tensor, key_order: Tensor, v: Tensor,
-    scale: float, out: Tensor | None, other: Tensor | None, dots: Tensor | None,
+    count: int, out: Tensor | None, other: Tensor | None, dots: Tensor | None,
 ) -> None:  # fmt: skip
     """Orders are ascending; see the kernel. ``query`` [B, n], ``key`` [B, m], ``v`` [B, m, e]."""
     (batch, queries), (keys, columns) = query.shape, v.shape[1:]
@@ -117,7 +135,8 @@ def _sweep(
     chunks = triton.cdiv(keys, KEYS)
     wide = dtype == torch.float64
     bc = min(COLUMNS // (2 if wide else 1), max(16, triton.next_power_of_2(columns)))
-    before = v.new_zeros((batch, chunks + 1, 2, columns), dtype=torch.float64)
+    kind = precision(v.dtype)
+    before = v.new_empty((batch, chunks + 1, 2, columns), dtype=torch.float64)
     with on_device(v):
         totals[(chunks, batch)](
             descending,
@@ -133,13 +152,15 @@ def _sweep(
             bc,
             num_warps=4,
         )
-        before = before.cumsum(1)
+        prefix[(triton.cdiv(2 * columns, SIDE_BY_SIDE), batch)](
+            before, chunks + 1, 2 * columns, ROWS, SIDE_BY_SIDE, num_warps=4
+        )
         to, given = v if out is None else out, v if other is None else other
         sweep[(triton.cdiv(queries, QUERIES), batch)](
             ascending, query_order, rank, descending, key_order, center, before, v, *v.stride(), given, *given.stride(),
-            to, *to.stride(), before if dots is None else dots, queries, keys, columns, chunks, scale,
+            to, *to.stride(), before if dots is None else dots, queries, keys, columns, chunks, count,
             out is not None, dots is not None, tl.float64 if wide else tl.float32,
-            precision(v.dtype), QUERIES, KEYS, bc, **options(8, stages=1),
+            FLOAT32 if kind == "ieee" and not wide else kind, QUERIES, KEYS, bc, **options(WARPS, stages=1),
         )  # fmt: skip
 
 
@@ -150,7 +171,7 @@ def affinity(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ]
     out = new_result(a, g)
     if out.numel():
-        _sweep(a, orders[0], b, orders[1], g, 1 / b.shape[1], out, None, None)
+        _sweep(a, orders[0], b, orders[1], g, b.shape[1], out, None, None)
     return out, *orders
 
 
@@ -163,12 +184,12 @@ def affinity_backward(
         v.new_zeros(v.shape, dtype=torch.float64) if need else None for v, need in ((a, need_a), (b, need_b))
     ]
     grad_g = torch.empty_like(g) if need_g else g.new_empty(0)
-    scale = 1 / b.shape[1]
+    count = b.shape[1]
     if grad.numel():
         if need_a:
-            _sweep(a, order_a, b, order_b, g, scale, None, grad, dots[0])
+            _sweep(a, order_a, b, order_b, g, count, None, grad, dots[0])
         if need_b or need_g:
-            _sweep(b, order_b, a, order_a, grad, scale, grad_g if need_g else None, g, dots[1])
+            _sweep(b, order_b, a, order_a, grad, count, grad_g if need_g else None, g, dots[1])
     elif need_g:
         grad_g.zero_()
     results = [

@@ -30,6 +30,8 @@ def _new_result(query: Tensor, value: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor, y: Tensor, factor: float) -> Tensor:
+    if x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type):
+        return (x @ y) * factor  # the backward scales the small matrix, where that of alpha scales both maps
     # alpha scales before the product is rounded to half precision.
     return torch.baddbmm(x.new_empty(1, 1, 1), x, y, beta=0, alpha=factor)
 
