@@ -112,10 +112,11 @@ def _is_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
 
 
-def _channels_on_device(channels: Tensor, x: Tensor) -> Tensor:
-    if not len(channels):
-        return x  # not read
-    if channels.device == x.device or not x.is_cuda:
+def channels_on_device(channels: Tensor, x: Tensor) -> Tensor:
+    """The channels of a plan where ``x`` is; without any row they stay where they are, since none is read."""
+    if not len(channels) or channels.device == x.device:
+        return channels
+    if not x.is_cuda:
         return channels.to(x.device)
     if torch.cuda.is_current_stream_capturing():
         raise NotImplementedError(
@@ -152,7 +153,7 @@ class _Call:
             channels = min(channels, elements // pixels)
         blocks, groups = triton.cdiv(count, pixels), triton.cdiv(self.channels, channels)
         pointwise[(self.batch * groups * blocks,)](
-            *self.maps, self.table, self.channels, self.height, self.width, blocks, groups, p.first, self.numbers,
+            *self.maps, self.table, self.channels, count, self.width, blocks, groups, p.first, self.numbers,
             *p.key, *(p.after or NOWHERE), p.moves, scatter, noisy, p.after is not None, p.noise_last,
             count % 4 == 0, _is_flat(self.x) and _is_flat(self.out), self.acc, channels, pixels, **options(warps),
         )  # fmt: skip
@@ -214,7 +215,7 @@ def _run(x: Tensor, parts: tuple[Part, ...], channels: Tensor, direction) -> Ten
     if not out.numel():
         return out
     with on_device(x):
-        table = _channels_on_device(channels, x)
+        table = channels_on_device(channels, x) if len(channels) else x  # then not read
         for n, part in enumerate(parts):
             # All but the last part keep what the next reads in the type that sums run in.
             to = out if n == len(parts) - 1 else torch.empty_like(x, dtype=accumulator(x))

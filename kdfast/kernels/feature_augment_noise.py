@@ -35,7 +35,7 @@ def _philox(counter, low, high):
 def _radius(word, ACC: tl.constexpr):
     """sqrt(-2 ln u) with u = (k + 1/2) 2^-24 for the upper 24 bits k of a word."""
     k = (word >> 8).to(tl.int32)
-    if ACC == tl.float64:
+    if ACC == tl.float64:  # noqa: SIM300
         return tl.sqrt(-2.0 * tl.log((k.to(tl.float64) + 0.5) * 5.9604644775390625e-8))
     else:
         # u below 1/2, else 1 - u: neither is rounded.
@@ -64,7 +64,7 @@ def _wave(word, ACC: tl.constexpr):
     k = (word >> 8).to(tl.int32)
     quarter = (k + 2097152) >> 22  # the nearest
     angle = ((k - (quarter << 22)).to(ACC) + 0.5) * 3.7450702829238413e-07
-    if ACC == tl.float64:
+    if ACC == tl.float64:  # noqa: SIM300
         c, s = tl.cos(angle), tl.sin(angle)
     else:
         z = angle * angle

@@ -58,7 +58,7 @@ def _finished(value, noise, cut, NOISE: tl.constexpr, CUT: tl.constexpr, NOISE_L
     if NOISE and not NOISE_LAST:
         value += noise
     if CUT:
-        value = tl.where(cut[None, :], 0.0, value)
+        value = tl.where(cut, 0.0, value)
     if NOISE and NOISE_LAST:
         value += noise
     return value
@@ -68,21 +68,21 @@ def _finished(value, noise, cut, NOISE: tl.constexpr, CUT: tl.constexpr, NOISE_L
 def _number(parts, k: tl.constexpr, ACC: tl.constexpr):
     """Number ``k``: the deviation, then the matrix. Arguments are float32; float64 has their remainders seven on."""
     value = tl.zeros([], ACC) + parts[k]
-    if ACC == tl.float64:
+    if ACC == tl.float64:  # noqa: SIM300
         value += parts[7 + k]
     return value
 
 
 @triton.jit(do_not_specialize=DRAWN)
 def pointwise(
-    x, x_b, x_c, x_h, x_w, out, out_b, out_c, out_h, out_w, table, channels, height, width, blocks, groups,
+    x, x_b, x_c, x_h, x_w, out, out_b, out_c, out_h, out_w, table, channels, count, width, blocks, groups,
     first, numbers, low, high, a_top, a_left, a_bottom, a_right,
     MOVES: tl.constexpr, SCATTER: tl.constexpr, NOISE: tl.constexpr, CUT: tl.constexpr, NOISE_LAST: tl.constexpr,
     FOURS: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Everything but a warp. SCATTER: the adjoint, from the result's channels to those of the input."""
     program = tl.program_id(0)
-    group, count = program // blocks, height * width
+    group = program // blocks
     image = (group // groups).to(tl.int64)
     start = program % blocks * PIXELS
     pixel = start + tl.arange(0, PIXELS)
@@ -108,7 +108,7 @@ def pointwise(
         noise = _noise(
             image, channel, channels, pixel, count, fours, low, high, FOURS, ACC, CHANNELS, PIXELS
         ) * _number(numbers, 0, ACC)
-    value = _finished(value, noise, cut, NOISE, CUT, NOISE_LAST)
+    value = _finished(value, noise, cut[None, :], NOISE, CUT, NOISE_LAST)
     address = out + image * out_b + write.to(tl.int64)[:, None] * out_c + to[None, :]
     tl.store(address, value.to(out.dtype.element_ty), known[:, None] & inside[None, :])
 
@@ -145,7 +145,7 @@ def warp(
     u0, v0 = tl.floor(u), tl.floor(v)
     du, dv = u - u0, v - v0
     x += image * x_b
-    out += image * out_b + (i.to(tl.int64) * out_h + j.to(tl.int64) * out_w)[None, :]
+    out += image * out_b + (i.to(tl.int64) * out_h + j.to(tl.int64) * out_w)[:, None]
     cut = inside
     if CUT:
         cut = _in_box(i, j, a_top, a_left, a_bottom, a_right)
@@ -154,8 +154,8 @@ def warp(
         known = channel < channels
         source, shown = _pair(table, first, channel, known, channels, MOVES)
         read, write = (channel, source) if SCATTER else (source, channel)
-        plane = x + read.to(tl.int64)[:, None] * x_c
-        value = tl.zeros([CHANNELS, ROWS * COLUMNS], ACC)
+        plane = x + read.to(tl.int64)[None, :] * x_c
+        value = tl.zeros([ROWS * COLUMNS, CHANNELS], ACC)
         for k in tl.static_range(4):
             weight = (du if k % 2 == 1 else 1 - du) * (dv if k // 2 == 1 else 1 - dv)
             col, row = u0.to(tl.int32) + k % 2, v0.to(tl.int32) + k // 2
@@ -163,8 +163,8 @@ def warp(
             if B_CUT:
                 read_ = read_ & (_in_box(row, col, b_top, b_left, b_bottom, b_right) == 0)
             offset = row.to(tl.int64) * x_h + col.to(tl.int64) * x_w
-            tap = tl.load(plane + offset[None, :], shown[:, None] & read_[None, :], other=0.0).to(ACC)
-            value += tap * weight[None, :]
+            tap = tl.load(plane + offset[:, None], shown[None, :] & read_[:, None], other=0.0).to(ACC)
+            value += tap * weight[:, None]
         noise = value
         if NOISE:
             place = tl.arange(0, ROWS * COLUMNS // 4 if FOURS else ROWS * COLUMNS)
@@ -173,10 +173,11 @@ def warp(
             noise = _noise(
                 image, channel, channels, i * width + j, height * width, fours, low, high,
                 FOURS, ACC, CHANNELS, ROWS * COLUMNS,
-            ) * _number(numbers, 0, ACC)  # fmt: skip
-        value = _finished(value, noise, cut, NOISE, CUT, NOISE_LAST)
-        address = out + write.to(tl.int64)[:, None] * out_c
-        tl.store(address, value.to(out.dtype.element_ty), known[:, None] & inside[None, :])
+            )  # fmt: skip
+            noise = tl.trans(noise) * _number(numbers, 0, ACC)
+        value = _finished(value, noise, cut[:, None], NOISE, CUT, NOISE_LAST)
+        address = out + write.to(tl.int64)[None, :] * out_c
+        tl.store(address, value.to(out.dtype.element_ty), known[None, :] & inside[:, None])
 
 
 @triton.jit(do_not_specialize=DRAWN)
@@ -208,13 +209,13 @@ def warp_adjoint(
     u = m0 * (left.to(ACC) - cx) + m1 * (top.to(ACC) - cy) + m2 + cx - j.to(ACC)
     v = m3 * (left.to(ACC) - cx) + m4 * (top.to(ACC) - cy) + m5 + cy - i.to(ACC)
     g += image * g_b
-    out += image * out_b + (i.to(tl.int64) * out_h + j.to(tl.int64) * out_w)[None, :]
+    out += image * out_b + (i.to(tl.int64) * out_h + j.to(tl.int64) * out_w)[:, None]
     for step in range(STEPS):
         channel = (group % groups * STEPS + step) * CHANNELS + tl.arange(0, CHANNELS)
         known = channel < channels
         source, shown = _pair(table, first, channel, known, channels, MOVES)
-        plane = g + channel.to(tl.int64)[:, None] * g_c
-        value = tl.zeros([CHANNELS, ROWS * COLUMNS], ACC)
+        plane = g + channel.to(tl.int64)[None, :] * g_c
+        value = tl.zeros([ROWS * COLUMNS, CHANNELS], ACC)
         for ky in range(HIGH):
             for kx in tl.static_range(WIDE):
                 col, row = left + kx, top + ky
@@ -224,9 +225,9 @@ def warp_adjoint(
                 if CUT:
                     read = read & (_in_box(row, col, a_top, a_left, a_bottom, a_right) == 0)
                 offset = row.to(tl.int64) * g_h + col.to(tl.int64) * g_w
-                tap = tl.load(plane + offset[None, :], shown[:, None] & read[None, :], other=0.0).to(ACC)
-                value += tap * weight[None, :]
+                tap = tl.load(plane + offset[:, None], shown[None, :] & read[:, None], other=0.0).to(ACC)
+                value += tap * weight[:, None]
         if B_CUT:
-            value = tl.where(_in_box(i, j, b_top, b_left, b_bottom, b_right)[None, :], 0.0, value)
-        address = out + source.to(tl.int64)[:, None] * out_c
-        tl.store(address, value.to(out.dtype.element_ty), known[:, None] & inside[None, :])
+            value = tl.where(_in_box(i, j, b_top, b_left, b_bottom, b_right)[:, None], 0.0, value)
+        address = out + source.to(tl.int64)[None, :] * out_c
+        tl.store(address, value.to(out.dtype.element_ty), known[None, :] & inside[:, None])

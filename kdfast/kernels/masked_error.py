@@ -66,7 +66,7 @@ def errors(
         if GRADIENT:
             tl.store(out + channel * out_c, (slope[None, :] * d).to(out.dtype.element_ty), ok)
     if VALUE:
-        tl.store(parts + program, tl.sum(tl.sum(total * weight[None, :], 1), 0))
+        tl.store(parts + program, tl.sum(total * weight[None, :]))
 
 
 @triton.jit(do_not_specialize=["numel"])
