@@ -29,5 +29,6 @@ def test_more_pixels_than_a_block():
 
 
 def test_float64():
-    # The numbers of the noise are float32 on a GPU.
-    check("triton", (1, 3, 6, 7), [("rotate", 20.0, 1), ("cutout", 0.4, 2)], torch.float64, floor=1e-5)
+    for chain in ([("rotate", 20.0, 1), ("cutout", 0.4, 2)], [("noise", 0.3, 4), ("shear_x", 0.3, 2)]):
+        check("triton", (1, 3, 6, 7), chain, torch.float64, floor=1e-12)
+        check("triton", (2, 3, 8, 8), chain[::-1], torch.float64, floor=1e-12)

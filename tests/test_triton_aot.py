@@ -109,6 +109,23 @@ def _augment(shape, dtype, chain):
     return call
 
 
+def _areas(shape, dtype, channels_last=False, flat=True):
+    def call():
+        from kdfast.kernels import masked_error as m
+
+        boxes = torch.empty(shape[0], 8, 4, dtype=torch.int64, device="meta")
+        mask = m.area_mask(boxes, *shape[2:], 0)
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        x, mask = (x, mask) if flat else (x[:, :, :, 1:], mask[:, :, :, 1:])
+        value, gradient = m.masked_error_with_gradient(x, x, mask)
+        m.scale(gradient, value)
+        m.masked_error(x, x, mask)
+        m.masked_error_backward(x, x, mask, value)
+
+    return call
+
+
 def _direction(rows, columns, dtype, balanced=False, labelled=True, teacher=True):
     def call():
         from kdfast.kernels.direction import direction, direction_backward
@@ -169,6 +186,11 @@ CASES = {
         "highest",
         _augment((2, 64, 13, 21), f64, [("cutout", 0.2), ("rotate", 20.0), ("noise", 0.1)]),
     ),
+    "areas-f32": ("highest", _areas((2, 256, 100, 168), f32)),
+    "areas-f32-channels-last": ("highest", _areas((64, 128, 16, 16), f32, True)),
+    "areas-bf16": ("highest", _areas((64, 512, 7, 7), bf16)),
+    "areas-f16-strided": ("highest", _areas((2, 256, 50, 85), f16, flat=False)),
+    "areas-f64": ("highest", _areas((2, 256, 25, 42), f64)),
     "direction-f32": ("highest", _direction(128, 64, f32)),
     "direction-bf16": ("highest", _direction(1024, 1000, bf16, balanced=True)),
     "direction-f16": ("highest", _direction(8192, 2048, f16, labelled=False)),

@@ -76,7 +76,7 @@ def _case(shape: tuple[int, ...], source: str, dtype=torch.float32, channels_las
         flops=(4 + 3) * elements,
         dtype=dtype,
         layout="channels_last" if channels_last else "contiguous",
-        op="masked_distance",
+        op="masked_error",
         baselines={"naive": Baseline(mask_stack, memory=6 * 4 * elements)},
         memory=6 * 4 * elements,
     )

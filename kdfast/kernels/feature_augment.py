@@ -1,14 +1,16 @@
 """Triton backend of the op ``feature_augment``: each part of a chain with at most one warp in one read and one write.
 
-Around its warp a part may have noise and a cutout on either side; before the warp they are applied to every tap, which
-noise from a counter allows. Two operations of different kinds always make one part; a longer chain is split where it must
-be. Backward, a pixel gathers from the pixels of the result that read it: those whose source lies within one pixel, a
-window around where the inverse map takes it. No atomics.
+Around its warp a part may have a cutout on either side and noise after it. Two operations of different kinds make one part,
+but for noise before a warp: its numbers at four taps a pixel would cost more than a pass. A longer chain is split where
+it must be. Backward, where noise has no part, a pixel gathers from the pixels of the result that read it: those whose
+source lies within one pixel, a window around where the inverse map takes it. No atomics.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,34 +19,34 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference._common import accumulator
-from ..reference.feature_augment import CHANNELS, CUTOUT, NOISE, WARP
+from ..reference.feature_augment import CHANNELS, CUTOUT, NOISE, WARP, Matrix
 from ._launch import on_device, options
+from .feature_augment_passes import pointwise, warp, warp_adjoint
 
-BLOCK = 256  # pixels of one channel: noise at four taps spills registers with more
+Box = tuple[int, int, int, int]
+NOWHERE: Box = (0, 0, 0, 0)
 
-
-class Side(NamedTuple):
-    """What is done to single pixels on one side of the warp, in order of appearance."""
-
-    deviation: float = 0.0
-    low: int = 0
-    high: int = 0
-    box: tuple[int, int, int, int] = (0, 0, 0, 0)
-    noise: bool = False
-    cut: bool = False
-    noise_last: bool = False
+# Of a tile of ``pointwise``: elements, pixels at most (channels at most where these lie side by side), warps. With noise,
+# with four counters a value, and without.
+COPY = (2048, 512, 4)
+NOISY = (1024, 256, 4)
+# Of ``warp`` and ``warp_adjoint``: channels, rows, columns, warps; how many tiles of channels one program takes at most,
+# and how many programs that leaves at least. Channels last: another tile.
+TAPS, TAPS_LAST = (16, 8, 8, 4), (64, 4, 4, 4)
+WINDOW, WINDOW_LAST = (16, 8, 8, 4), (64, 4, 4, 4)
+NOISY_TAPS, NOISY_TAPS_LAST = (16, 8, 8, 4), (32, 4, 8, 4)
+STEPS, PROGRAMS = 4, 1056
 
 
 class Part(NamedTuple):
-    before: Side
-    matrix: tuple[float, ...] | None
-    after: Side
-    channels: Tensor | None  # int32 [C]: the channel that each one reads, -1 for none; None: its own
-
-
-# Every draw has other numbers: a kernel for each that is 1 or a multiple of 16 would be compiled during training.
-KEYS = [f"{side}_{word}" for side in "ba" for word in ("low", "high")]
-BOXES = [f"{side}_{edge}" for side in "ba" for edge in ("top", "left", "bottom", "right")]
+    matrix: Matrix | None = None
+    before: Box | None = None  # cut out before the warp
+    after: Box | None = None
+    deviation: float = 0.0  # of the noise, 0 for none
+    key: tuple[int, int] = (0, 0)
+    noise_last: bool = False  # after the cutout
+    first: int = 0  # of the rows of channels
+    moves: int = 0  # rows
 
 
 def _signed(word: float) -> int:
@@ -52,209 +54,68 @@ def _signed(word: float) -> int:
     return int(word) - (int(word) >> 31 << 32)
 
 
-def _parts(steps: Tensor, channels: Tensor) -> list[Part]:
-    """The chain as parts; channels keep their order of events by a table for each part."""
+@lru_cache(maxsize=64)
+def _parts(steps: tuple[tuple[float, ...], ...], noise: bool) -> tuple[Part, ...]:
+    """The chain as parts, in order; without ``noise`` as it is backward."""
     parts: list[list] = [[]]
-    for kind, *numbers in steps.tolist():
+    for kind, *numbers in steps:
+        if kind == NOISE and not noise:
+            continue
         kinds = [k for k, *_ in parts[-1]]
         after = kinds[kinds.index(WARP) + 1 :] if WARP in kinds else kinds
-        if (kind == WARP and WARP in kinds) or (kind in (NOISE, CUTOUT) and kind in after):
+        # Noise of a channel that is moved, or a pixel that is read elsewhere: its own part.
+        if (
+            (kind == WARP and (WARP in kinds or NOISE in kinds))
+            or (kind == CHANNELS and NOISE in kinds)
+            or (kind in (NOISE, CUTOUT) and kind in after)
+        ):
             parts.append([])
-        elif kind == CHANNELS and (NOISE in kinds):
-            parts.append([])  # noise of a channel that is dropped or moved later: its own part
         parts[-1].append((kind, *numbers))
-    return [_part(part, channels) for part in parts]
+    return tuple(map(_part, parts))
 
 
-def _part(steps: list[tuple], channels: Tensor) -> Part:
-    count = channels.shape[1]
-    source = None
-    sides, matrix = [Side(), Side()], None
+def _part(steps: list[tuple]) -> Part:
+    part = Part()
     has_warp = any(kind == WARP for kind, *_ in steps)
-    place = 0 if has_warp else 1
     for kind, *n in steps:
         if kind == WARP:
-            matrix, place = tuple(n), 1
+            part = part._replace(matrix=tuple(n))
         elif kind == CUTOUT:
-            sides[place] = sides[place]._replace(box=tuple(map(int, n[:4])), cut=True)
+            side = "before" if has_warp and part.matrix is None else "after"
+            part = part._replace(**{side: tuple(map(int, n[:4]))})
         elif kind == NOISE:
-            last = sides[place].cut
-            sides[place] = sides[place]._replace(
-                deviation=n[0], low=_signed(n[1]), high=_signed(n[2]), noise=True, noise_last=last
-            )
+            key = _signed(n[1]), _signed(n[2])
+            part = part._replace(deviation=n[0], key=key, noise_last=part.after is not None)
         else:
-            row = channels[int(n[0])]
-            source = torch.arange(count, dtype=torch.int32) if source is None else source
-            source = torch.where(row >= 0, source[row.clamp_min(0).long()], -1)
-    return Part(sides[0], matrix, sides[1], source)
+            part = part._replace(first=part.first if part.moves else int(n[0]), moves=part.moves + 1)
+    return part
 
 
-@triton.jit
-def _multiply(factor: tl.constexpr, word):
-    product = word.to(tl.uint64) * factor
-    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+def _split(numbers: tuple[float, ...], wide: bool) -> tuple[float, ...]:
+    """What float32 arguments can hold of numbers, and for float64 what is left of each."""
+    if not wide:
+        return numbers
+    high = tuple(ctypes.c_float(n).value for n in numbers)
+    return high + tuple(n - h for n, h in zip(numbers, high, strict=True))
 
 
-@triton.jit
-def _normal(place, low, high):
-    """Numbers of the reference: Philox 4x32-10 at place // 4, Box-Muller, the one of the four that is asked for."""
-    counter = place // 4
-    c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
-    c2, c3 = c0 * 0, c0 * 0
-    k0, k1 = low.to(tl.uint32), high.to(tl.uint32)
-    for _ in tl.static_range(10):
-        high0, low0 = _multiply(0xD2511F53, c0)
-        high1, low1 = _multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
-        k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
-    lane = place % 4
-    u = ((tl.where(lane < 2, c0, c2) >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-8
-    v = ((tl.where(lane < 2, c1, c3) >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-8
-    # A quarter turn earlier the cosine is the sine; sines and cosines of small angles are exact enough.
-    angle = 6.283185307179586 * (v - 0.5)
-    wave = tl.where(lane % 2 == 0, tl.cos(angle), tl.sin(angle))
-    return -tl.sqrt(-2.0 * tl.log(u)) * wave
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    b, c, h, w = x.stride()
+    return b, c, h, h if x.shape[3] == 1 else w
 
 
-@triton.jit
-def _pixel(
-    value, place, y, x, deviation, low, high, top, left, bottom, right,
-    NOISE: tl.constexpr, CUT: tl.constexpr, NOISE_LAST: tl.constexpr,
-):  # fmt: skip
-    if NOISE and not NOISE_LAST:
-        value += (deviation * _normal(place, low, high)).to(value.dtype)
-    if CUT:
-        inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-        value = tl.where(inside, 0.0, value)
-    if NOISE and NOISE_LAST:
-        value += (deviation * _normal(place, low, high)).to(value.dtype)
-    return value
+def _is_flat(x: Tensor) -> bool:
+    return 1 in x.shape[2:] or x.stride(2) == x.shape[3] * x.stride(3)
 
 
-@triton.jit(do_not_specialize=KEYS + BOXES)
-def forward(
-    x_ptr, x_b, x_c, x_h, x_w, out_ptr, out_b, out_c, out_h, out_w, source_ptr, channels, height, width,
-    m0, m1, m2, m3, m4, m5,
-    b_deviation, b_low, b_high, b_top, b_left, b_bottom, b_right,
-    a_deviation, a_low, a_high, a_top, a_left, a_bottom, a_right,
-    MOVES: tl.constexpr, WARPS: tl.constexpr, B_NOISE: tl.constexpr, B_CUT: tl.constexpr, B_LAST: tl.constexpr,
-    A_NOISE: tl.constexpr, A_CUT: tl.constexpr, A_LAST: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    plane = tl.program_id(0).to(tl.int64)
-    image, channel = plane // channels, plane % channels
-    source = tl.load(source_ptr + channel).to(tl.int64) if MOVES else channel
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = pixel < height * width
-    i, j = pixel // width, pixel % width
-    shown = source + pixel * 0 >= 0
-    x_ptr += image * x_b + tl.maximum(source, 0) * x_c
-    base = (image * channels + channel) * height * width
-    if WARPS:
-        cx, cy = (width - 1) * 0.5, (height - 1) * 0.5
-        u = m0 * (j - cx) + m1 * (i - cy) + m2 + cx
-        v = m3 * (j - cx) + m4 * (i - cy) + m5 + cy
-        u, v = tl.minimum(tl.maximum(u, -2.0), width + 1.0), tl.minimum(tl.maximum(v, -2.0), height + 1.0)
-        u0, v0 = tl.floor(u), tl.floor(v)
-        value = tl.zeros([BLOCK], ACC)
-        for k in tl.static_range(4):
-            wx = u - u0 if k % 2 == 1 else 1 - (u - u0)
-            wy = v - v0 if k // 2 == 1 else 1 - (v - v0)
-            col, row = u0.to(tl.int32) + k % 2, v0.to(tl.int32) + k // 2
-            inside = ok & (col >= 0) & (col < width) & (row >= 0) & (row < height)
-            address = x_ptr + row.to(tl.int64) * x_h + col.to(tl.int64) * x_w
-            tap = tl.load(address, inside & shown, other=0.0).to(ACC)
-            tap = _pixel(
-                tap, base + row * width + col, row, col, b_deviation, b_low, b_high, b_top, b_left, b_bottom,
-                b_right, B_NOISE, B_CUT, B_LAST,
-            )  # fmt: skip
-            value += tl.where(inside, tap * (wx * wy).to(ACC), 0.0)
-    else:
-        value = tl.load(x_ptr + i.to(tl.int64) * x_h + j.to(tl.int64) * x_w, ok & shown, other=0.0).to(ACC)
-    value = _pixel(
-        value,
-        base + pixel,
-        i,
-        j,
-        a_deviation,
-        a_low,
-        a_high,
-        a_top,
-        a_left,
-        a_bottom,
-        a_right,
-        A_NOISE,
-        A_CUT,
-        A_LAST,
-    )
-    out_ptr += image * out_b + channel * out_c
-    tl.store(out_ptr + i.to(tl.int64) * out_h + j.to(tl.int64) * out_w, value, ok)
+def _is_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
 
 
-@triton.jit(do_not_specialize=BOXES)
-def backward(
-    g_ptr, g_b, g_c, g_h, g_w, to_ptr, to_b, to_c, to_h, to_w, shown_ptr, channels, height, width,
-    m0, m1, m2, m3, m4, m5, n0, n1, n3, n4, reach_x, reach_y,
-    b_top, b_left, b_bottom, b_right, a_top, a_left, a_bottom, a_right,
-    MOVES: tl.constexpr, WARPS: tl.constexpr, B_CUT: tl.constexpr, A_CUT: tl.constexpr, WINDOW: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``n``: the inverse of the matrix; a window starts ``reach`` before the point that the inverse map leads to."""
-    plane = tl.program_id(0).to(tl.int64)
-    image, channel = plane // channels, plane % channels
-    result = tl.load(shown_ptr + channel).to(tl.int64) if MOVES else channel
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    shown = result + pixel * 0 >= 0
-    ok = pixel < height * width
-    i, j = pixel // width, pixel % width
-    g_ptr += image * g_b + tl.maximum(result, 0) * g_c
-    value = tl.zeros([BLOCK], ACC)
-    if WARPS:
-        cx, cy = (width - 1) * 0.5, (height - 1) * 0.5
-        dx, dy = j - cx - m2, i - cy - m5
-        first_col = tl.ceil(tl.minimum(tl.maximum(n0 * dx + n1 * dy + cx - reach_x, -9.0), width + 1.0)).to(
-            tl.int32
-        )
-        first_row = tl.ceil(tl.minimum(tl.maximum(n3 * dx + n4 * dy + cy - reach_y, -9.0), height + 1.0)).to(
-            tl.int32
-        )
-        for k in range(WINDOW * WINDOW):
-            col, row = first_col + k % WINDOW, first_row + k // WINDOW
-            inside = ok & shown & (col >= 0) & (col < width) & (row >= 0) & (row < height)
-            u = m0 * (col - cx) + m1 * (row - cy) + m2 + cx - j
-            v = m3 * (col - cx) + m4 * (row - cy) + m5 + cy - i
-            weight = tl.maximum(1 - tl.abs(u), 0.0) * tl.maximum(1 - tl.abs(v), 0.0)
-            if A_CUT:
-                inside = inside & ((row < a_top) | (row >= a_bottom) | (col < a_left) | (col >= a_right))
-            address = g_ptr + row.to(tl.int64) * g_h + col.to(tl.int64) * g_w
-            value += tl.load(address, inside & (weight > 0), other=0.0).to(ACC) * weight.to(ACC)
-    else:
-        inside = ok & shown
-        if A_CUT:
-            inside = inside & ((i < a_top) | (i >= a_bottom) | (j < a_left) | (j >= a_right))
-        value = tl.load(g_ptr + i.to(tl.int64) * g_h + j.to(tl.int64) * g_w, inside, other=0.0).to(ACC)
-    if B_CUT:
-        value = tl.where((i >= b_top) & (i < b_bottom) & (j >= b_left) & (j < b_right), 0.0, value)
-    to_ptr += image * to_b + channel * to_c
-    tl.store(to_ptr + i.to(tl.int64) * to_h + j.to(tl.int64) * to_w, value, ok)
-
-
-def _grid(pixels: int, planes: int) -> tuple[int, int]:
-    return planes, triton.cdiv(pixels, BLOCK)  # the second axis ends at 65,535
-
-
-def _readers(channels: Tensor | None) -> Tensor | None:
-    """Which channel of the result reads each one, -1 for none."""
-    if channels is None:
-        return None
-    shown, read = torch.full_like(channels, -1), channels >= 0
-    shown[channels[read].long()] = torch.arange(len(channels), dtype=torch.int32)[read]
-    return shown
-
-
-def _on_device(channels: Tensor | None, x: Tensor) -> Tensor:
-    if channels is None:
-        return x  # not read
+def channels_on_device(channels: Tensor, x: Tensor) -> Tensor:
+    """The channels of a plan where ``x`` is; without any row they stay where they are, since none is read."""
+    if not len(channels) or channels.device == x.device:
+        return channels
     if not x.is_cuda:
         return channels.to(x.device)
     if torch.cuda.is_current_stream_capturing():
@@ -264,65 +125,129 @@ def _on_device(channels: Tensor | None, x: Tensor) -> Tensor:
     return channels.pin_memory().to(x.device, non_blocking=True)
 
 
-def _acc(x: Tensor) -> tl.dtype:
-    return tl.float64 if accumulator(x) == torch.float64 else tl.float32
+class _Call:
+    """One direction of one part, from ``x`` to ``out``."""
+
+    def __init__(self, x: Tensor, out: Tensor, part: Part, table: Tensor) -> None:
+        self.part, self.maps = part, (x, *_strides(x), out, *_strides(out))
+        self.x, self.out, self.table = x, out, table
+        self.batch, self.channels, self.height, self.width = x.shape
+        self.last = _is_last(x) and _is_last(out)
+        self.wide = accumulator(x) == torch.float64
+        self.acc = tl.float64 if self.wide else tl.float32
+        # float64 needs them all: the remainders follow.
+        self.numbers = _split((part.deviation, *(part.matrix or (0.0,) * (6 * self.wide))), self.wide)
+
+    def pointwise(self, scatter: bool) -> None:
+        p, count = self.part, self.height * self.width
+        noisy = p.deviation != 0 and not scatter
+        elements, side, warps = NOISY if noisy else COPY
+        elements //= 1 + self.wide
+        channels, pixels = triton.next_power_of_2(self.channels), max(4, triton.next_power_of_2(count))
+        if self.last:
+            channels = min(channels, side)
+            pixels = min(pixels, max(4, elements // channels))
+        else:
+            while pixels > side or (pixels > 64 and pixels - count % pixels > count // 8 and count % pixels):
+                pixels //= 2
+            channels = min(channels, elements // pixels)
+        blocks, groups = triton.cdiv(count, pixels), triton.cdiv(self.channels, channels)
+        pointwise[(self.batch * groups * blocks,)](
+            *self.maps, self.table, self.channels, count, self.width, blocks, groups, p.first, self.numbers,
+            *p.key, *(p.after or NOWHERE), p.moves, scatter, noisy, p.after is not None, p.noise_last,
+            count % 4 == 0, _is_flat(self.x) and _is_flat(self.out), self.acc, channels, pixels, **options(warps),
+        )  # fmt: skip
+
+    def _tile(self, contiguous: tuple, last: tuple):
+        """steps, channels, rows, columns; tiles side by side, in all; groups of channels, warps"""
+        channels, rows, columns, warps = last if self.last else contiguous
+        channels = max(1, min(channels, triton.next_power_of_2(self.channels)) // (1 + self.wide))
+        side, tiles = triton.cdiv(self.width, columns), triton.cdiv(self.height, rows)
+        tiles *= side
+        groups = triton.cdiv(self.channels, channels)
+        steps = 1
+        while steps < min(STEPS, groups) and self.batch * tiles * groups >= 2 * steps * PROGRAMS:
+            steps *= 2
+        return (steps, channels, rows, columns), side, tiles, triton.cdiv(groups, steps), warps
+
+    def warp(self, scatter: bool) -> None:
+        p = self.part
+        noisy = p.deviation != 0 and not scatter
+        tile, side, tiles, groups, warps = self._tile(
+            *((NOISY_TAPS, NOISY_TAPS_LAST) if noisy else (TAPS, TAPS_LAST))
+        )
+        before, after, numbers = p.before, p.after, self.numbers
+        if scatter:
+            before, after = after, before
+            m = p.matrix
+            numbers = _split((0.0, *m[:2], -m[2], *m[3:5], -m[5]), self.wide)
+        warp[(self.batch * groups * tiles,)](
+            *self.maps, self.table, self.channels, self.height, self.width, side, tiles, groups, p.first, numbers,
+            *(before or NOWHERE), *p.key, *(after or NOWHERE), p.moves, scatter, before is not None, noisy,
+            after is not None, p.noise_last, self.width % 4 == 0, self.acc, *tile, **options(warps),
+        )  # fmt: skip
+
+    def warp_adjoint(self) -> None:
+        p = self.part
+        tile, side, tiles, groups, warps = self._tile(WINDOW, WINDOW_LAST)
+        inverse, (wide, high) = _window(p.matrix, self.height, self.width)
+        warp_adjoint[(self.batch * groups * tiles,)](
+            *self.maps, self.table, self.channels, self.height, self.width, side, tiles, groups, p.first,
+            self.numbers, inverse, *(p.before or NOWHERE), *(p.after or NOWHERE), p.moves, p.before is not None,
+            p.after is not None, wide, high, self.acc, *tile, **options(warps),
+        )  # fmt: skip
+
+    def forward(self) -> None:
+        self.pointwise(False) if self.part.matrix is None else self.warp(False)
+
+    def backward(self) -> None:
+        m = self.part.matrix
+        if m is None:
+            self.pointwise(True)
+        elif (*m[:2], *m[3:5]) == (1, 0, 0, 1):
+            self.warp(True)
+        else:
+            self.warp_adjoint()
 
 
-def feature_augment(x: Tensor, steps: Tensor, channels: Tensor) -> Tensor:
-    """Implementation of ``kdfast::feature_augment_triton``; the reference says what it computes."""
-    batch, count, height, width = x.shape
+def _run(x: Tensor, parts: tuple[Part, ...], channels: Tensor, direction) -> Tensor:
     out = torch.empty_like(x)
     if not out.numel():
         return out
-    grid = _grid(height * width, batch * count)
-    parts = _parts(steps, channels)
     with on_device(x):
+        table = channels_on_device(channels, x) if len(channels) else x  # then not read
         for n, part in enumerate(parts):
             # All but the last part keep what the next reads in the type that sums run in.
             to = out if n == len(parts) - 1 else torch.empty_like(x, dtype=accumulator(x))
-            matrix = part.matrix or (0.0,) * 6
-            b, a = part.before, part.after
-            forward[grid](
-                x, *x.stride(), to, *to.stride(), _on_device(part.channels, x), count, height, width, *matrix,
-                b.deviation, b.low, b.high, *b.box, a.deviation, a.low, a.high, *a.box,
-                part.channels is not None, part.matrix is not None,
-                b.noise, b.cut, b.noise_last, a.noise, a.cut, a.noise_last, _acc(to), BLOCK,
-                **options(4),
-            )  # fmt: skip
+            direction(_Call(x, to, part, table))
             x = to
     return out
 
 
+def _steps(steps: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, steps.tolist()))
+
+
+def feature_augment(x: Tensor, steps: Tensor, channels: Tensor) -> Tensor:
+    """Implementation of ``kdfast::feature_augment_triton``; the reference says what it computes."""
+    return _run(x, _parts(_steps(steps), True), channels, _Call.forward)
+
+
 def feature_augment_backward(grad: Tensor, steps: Tensor, channels: Tensor) -> Tensor:
     """Implementation of ``kdfast::feature_augment_backward_triton``."""
-    batch, count, height, width = grad.shape
-    found = torch.empty_like(grad)
-    if not found.numel():
-        return found
-    grid = _grid(height * width, batch * count)
-    parts = _parts(steps, channels)[::-1]
-    with on_device(grad):
-        for n, part in enumerate(parts):
-            to = found if n == len(parts) - 1 else torch.empty_like(grad, dtype=accumulator(grad))
-            matrix, inverse, reach, window = part.matrix or (0.0,) * 6, (0.0,) * 4, (0.0, 0.0), 1
-            if part.matrix is not None:
-                inverse, reach, window = _window(part.matrix)
-            backward[grid](
-                grad, *grad.stride(), to, *to.stride(), _on_device(_readers(part.channels), grad), count, height, width,
-                *matrix, *inverse, *reach, *part.before.box, *part.after.box,
-                part.channels is not None, part.matrix is not None, part.before.cut, part.after.cut,
-                window, _acc(to), BLOCK, **options(4),
-            )  # fmt: skip
-            grad = to
-    return found
+    return _run(grad, _parts(_steps(steps), False)[::-1], channels, _Call.backward)
 
 
-def _window(matrix: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, float], int]:
-    """The inverse, how far from its image the pixels that read one can lie, and how many there can be along a side."""
-    a, b, _, d, e, _ = matrix
+def _window(matrix: Matrix, height: int, width: int) -> tuple[tuple[float, ...], tuple[int, int]]:
+    """The inverse of the matrix, how far before the point that it leads to a window starts, and its sides along x and y.
+
+    The pixels that read one lie within the inverse's reach of that point, here by as much more as float32 may be wrong.
+    """
+    a, b, c, d, e, f = matrix
     determinant = a * e - b * d
     if abs(determinant) < 1e-3:
         raise NotImplementedError(f"feature_augment: the chain's affine map is almost singular: {matrix}")
     inverse = (e / determinant, -b / determinant, -d / determinant, a / determinant)
     reach = abs(inverse[0]) + abs(inverse[1]), abs(inverse[2]) + abs(inverse[3])
-    return inverse, reach, math.floor(2 * max(reach)) + 1
+    reach = tuple(r * (1 + 1e-6 * (height + width + abs(c) + abs(f))) for r in reach)
+    return (*inverse, *reach), tuple(math.floor(2 * r) + 1 for r in reach)

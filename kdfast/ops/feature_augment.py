@@ -48,9 +48,14 @@ define(
 )
 
 
+_to_device = kernel("feature_augment", "channels_on_device")
+
+
 class _FeatureAugment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, steps: Tensor, channels: Tensor, triton: bool) -> Tensor:
+        if triton and not torch.compiler.is_compiling():
+            channels = _to_device(channels, x)  # once for both directions
         ctx.save_for_backward(steps, channels)
         ctx.triton = triton
         op = torch.ops.kdfast.feature_augment_triton if triton else torch.ops.kdfast.feature_augment

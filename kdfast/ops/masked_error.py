@@ -1,7 +1,7 @@
-"""Ops ``masked_error``, the mean of mask * (x - y)², and ``area_mask``, its mask from boxes: L_DA on the CPU.
+"""Ops ``masked_error``, the mean of mask * (x - y)², and ``area_mask``, its mask from boxes: L_DA.
 
 One pass over both maps gives the value and, where the student alone learns, its gradient. Formulas:
-:mod:`kdfast.reference.masked_error`. On a GPU ``masked_distance`` does the same.
+:mod:`kdfast.reference.masked_error`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .. import backend
 from ..reference import masked_error as reference
 from ..reference._common import accumulator
 from . import _early, _second
-from ._define import define, reference_gradients
+from ._define import define, kernel, reference_gradients
 
 
 def _fake(x, y, mask):
@@ -55,50 +55,68 @@ define(
     "(Tensor boxes, int height, int width, int multiplicity) -> Tensor",
     _fake_mask,
     _reference_mask,
-    None,
+    kernel("masked_error", "area_mask"),
 )
-define("masked_error", "(Tensor x, Tensor y, Tensor mask) -> Tensor", _fake, reference.masked_error, None)
+define(
+    "masked_error",
+    "(Tensor x, Tensor y, Tensor mask) -> Tensor",
+    _fake,
+    reference.masked_error,
+    kernel("masked_error", "masked_error"),
+)
 define(
     "masked_error_with_gradient",
     "(Tensor x, Tensor y, Tensor mask) -> (Tensor value, Tensor gradient)",
     _fake_with_gradient,
     _reference_with_gradient,
-    None,
+    kernel("masked_error", "masked_error_with_gradient"),
 )
 define(
     "masked_error_backward",
     "(Tensor x, Tensor y, Tensor mask, Tensor grad) -> Tensor",
     _fake_backward,
     _reference_backward,
-    None,
+    kernel("masked_error", "masked_error_backward"),
 )
 
 
 _with_gradient = torch.ops.kdfast.masked_error_with_gradient.default
+_scale = kernel("masked_error", "scale")
 
 
 class _MaskedError(torch.autograd.Function):
+    """``early``: the forward, by Triton, leaves the gradient of x, which the first backward takes."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor, triton: bool, early: bool) -> Tensor:
         ctx.save_for_backward(x, y, mask)
-        return torch.ops.kdfast.masked_error(x, y, mask)
+        ctx.triton, ctx.gradient = triton, None
+        if early:
+            value, ctx.gradient = torch.ops.kdfast.masked_error_with_gradient_triton(x, y, mask)
+            return value
+        op = torch.ops.kdfast.masked_error_triton if triton else torch.ops.kdfast.masked_error
+        return op(x, y, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         x, y, mask = ctx.saved_tensors
+        gradient, ctx.gradient = ctx.gradient, None
         needed = ctx.needs_input_grad[:2]
         if _second.wanted():
 
             def call(x, y):
                 return reference.masked_error(x, y, mask)
 
-            return *_second.gradients(call, (x, y), needed, (grad,)), None
+            return *_second.gradients(call, (x, y), needed, (grad,)), None, None, None
+        if gradient is not None:
+            return _scale(gradient, grad), None, None, None, None
         backward = torch.ops.kdfast.masked_error_backward
+        backward = torch.ops.kdfast.masked_error_backward_triton if ctx.triton else backward
         results = [
             backward(a, b, mask, grad) if need else None
             for a, b, need in ((x, y, needed[0]), (y, x, needed[1]))
         ]
-        return *results, None
+        return *results, None, None, None
 
 
 def masked_error(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
@@ -112,18 +130,21 @@ def masked_error(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     mask = mask.detach().to(accumulator(x)).contiguous()
     if _early.wanted(x, y):
         return _early.loss(_with_gradient, reference.masked_error, x, (y, mask))
-    if backend.choose("masked_error", x.device.type, ()) == "reference":
+    chosen = backend.choose("masked_error", x.device.type, ("triton",))
+    if chosen == "reference":
         return reference.masked_error(x, y, mask)
-    return _MaskedError.apply(x, y, mask)
+    triton = chosen == "triton"
+    # Not in float16, where it could underflow before a loss scale multiplies it; not in a traced graph.
+    early = triton and x.requires_grad and not y.requires_grad and torch.is_grad_enabled()
+    early = early and x.dtype is not torch.float16 and not torch.compiler.is_compiling()
+    return _MaskedError.apply(x, y, mask, triton, early)
 
 
 def area_mask(boxes: Tensor, height: int, width: int, multiplicity: str) -> Tensor:
     """Float32 mask [B, 1, height, width] of boxes [B, K, 4]; see :func:`kdfast.reference.masked_error.area_mask`."""
-    if (
-        boxes.device.type != "cpu"
-        or boxes.is_floating_point()
-        or backend.choose("area_mask", "cpu", ()) == "reference"
-    ):
+    chosen = backend.choose("area_mask", boxes.device.type, ("triton",))
+    if boxes.is_floating_point() or chosen == "reference":
         return reference.area_mask(boxes, height, width, multiplicity)
     number = reference.MULTIPLICITIES.index(multiplicity)
-    return torch.ops.kdfast.area_mask(boxes.long().contiguous(), height, width, number)
+    op = torch.ops.kdfast.area_mask_triton if chosen == "triton" else torch.ops.kdfast.area_mask
+    return op(boxes.long().contiguous(), height, width, number)

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import backend
 from ..losses._common import Loss, check_choice, check_float, describe
 from ..losses.features import check_maps, check_same_shape, wide
-from ..ops.attention_mask import masked_distance
 from ..ops.masked_error import area_mask, masked_error
 from ..reference.masked_error import MULTIPLICITIES
 
@@ -119,12 +117,7 @@ def masked_area_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(
             f"mask: need [B, 1, H, W] = {[student.shape[0], 1, *student.shape[2:]]}, got {describe(mask)}"
         )
-    if backend.choose("masked_area_error", student.device.type, ("triton", "cuda")) in ("cpu", "reference"):
-        return masked_error(student, teacher, mask)
-    ones = torch.ones(student.shape[:2], dtype=torch.float32, device=student.device)
-    # d (d²) = 2 d M (s - t) / d, with 1 / d guarded to 0 at d = 0: the value and the first derivative are exact but for a
-    # rounding or two. Only the second derivative is lost where the error is exactly 0: it is 0 there, not 2 M / numel.
-    return masked_distance(student, teacher, mask, ones).square() / max(student.numel(), 1)
+    return masked_error(student, teacher, mask)
 
 
 class DistinctiveAreas(Loss):
