@@ -106,32 +106,31 @@ def _resize(pid, x, channels, size_h, size_w, out, batch, height, width, c: tl.c
     image, channel, p = _block(pid, channels, height * width, c)
     r, s = (p // width).to(c.index), (p % width).to(c.index)
     ok_c, ok_p = channel < channels, p < height * width
-    base, at_c = x.data + image.to(tl.int64) * x.batch, (channel.to(c.index) * x.channel)[:, None]
-    ok = ok_c[:, None] & ok_p[None, :]
+    base, at_c = x.data + image.to(tl.int64) * x.batch, (channel.to(c.index) * x.channel)[None, :]
+    ok = ok_p[:, None] & ok_c[None, :]
     if c.bilinear:
         top, bottom, down = _between(r, size_h, height, c)
         left, right, across = _between(s, size_w, width, c)
-        x00 = tl.load(base + (at_c + (top * x.row + left * x.column)[None, :]), ok, other=0.0).to(c.acc)
-        x01 = tl.load(base + (at_c + (top * x.row + right * x.column)[None, :]), ok, other=0.0).to(c.acc)
-        x10 = tl.load(base + (at_c + (bottom * x.row + left * x.column)[None, :]), ok, other=0.0).to(c.acc)
-        x11 = tl.load(base + (at_c + (bottom * x.row + right * x.column)[None, :]), ok, other=0.0).to(c.acc)
+        x00 = tl.load(base + (at_c + (top * x.row + left * x.column)[:, None]), ok, other=0.0).to(c.acc)
+        x01 = tl.load(base + (at_c + (top * x.row + right * x.column)[:, None]), ok, other=0.0).to(c.acc)
+        x10 = tl.load(base + (at_c + (bottom * x.row + left * x.column)[:, None]), ok, other=0.0).to(c.acc)
+        x11 = tl.load(base + (at_c + (bottom * x.row + right * x.column)[:, None]), ok, other=0.0).to(c.acc)
         # In this form a constant map stays exactly that.
-        upper, lower = x00 + across[None, :] * (x01 - x00), x10 + across[None, :] * (x11 - x10)
-        value = upper + down[None, :] * (lower - upper)
+        upper, lower = x00 + across[:, None] * (x01 - x00), x10 + across[:, None] * (x11 - x10)
+        value = upper + down[:, None] * (lower - upper)
     else:
-        inside = ok & ((r < size_h) & (s < size_w))[None, :]
-        value = tl.load(base + (at_c + (r * x.row + s * x.column)[None, :]), inside, other=0.0)
-    images, planes, patches, rows, columns = _patch_strides(
-        batch, channels, height // c.patch_h * (width // c.patch_w), c
-    )
+        inside = ok & ((r < size_h) & (s < size_w))[:, None]
+        value = tl.load(base + (at_c + (r * x.row + s * x.column)[:, None]), inside, other=0.0)
+    count = height // c.patch_h * (width // c.patch_w)
+    images, planes, patches, rows, columns = _patch_strides(batch, channels, count, c)
     to = r // c.patch_h * (width // c.patch_w) * patches + r % c.patch_h * rows
     to += s // c.patch_w * patches + s % c.patch_w * columns
     out += image.to(tl.int64) * images
     value = value.to(out.dtype.element_ty)
-    tl.store(out + ((channel.to(c.index) * planes)[:, None] + to[None, :]), value, ok)
+    tl.store(out + ((channel.to(c.index) * planes)[None, :] + to[:, None]), value, ok)
 
 
-SIZES = ["channels_x", "channels_y", "height_x", "width_x", "height_y", "width_y", "programs_x", "batch"]
+SIZES = ["height_x", "width_x", "height_y", "width_y", "programs_x", "batch"]
 
 
 @triton.jit(do_not_specialize=[*SIZES, "height", "width"])
@@ -169,48 +168,55 @@ def _weight(h, r, size, resized, c: tl.constexpr):
 
 
 @triton.jit
+def _row(h, r, size, resized, patches, pixels, patch: tl.constexpr, c: tl.constexpr):
+    """Weights and offsets of resized rows (or columns) r where pixels h gather."""
+    return _weight(h, r, size, resized, c), r // patch * patches + r % patch * pixels
+
+
+@triton.jit
+def _add(total, base, at_c, at, weight, ok, c: tl.constexpr):
+    read = ok & (weight > 0)[:, None]
+    return total + weight[:, None] * tl.load(base + (at_c + at[:, None]), read, other=0.0).to(c.acc)
+
+
+# The numbers of taps are arguments because Triton 3.6 takes no field of a Config as the end of a static range.
+@triton.jit
 def _gather(
-    total, base, at_c, ok, at_row, down, w, s, size_w, width, patches, columns, c: tl.constexpr
-):
-    """``total`` plus what one resized row and the resized columns s give to the pixels."""
-    weight = down * _weight(w, s, size_w, width, c)
-    at = at_row + s // c.patch_w * patches + s % c.patch_w * columns
-    read = ok & (weight > 0)[None, :]
-    return total + weight[None, :] * tl.load(base + (at_c + at[None, :]), read, other=0.0).to(c.acc)
+    base, at_c, ok, h, w, first_row, first_column, size_h, size_w, height, width, patches, rows, columns,
+    taps_h: tl.constexpr, taps_w: tl.constexpr, c: tl.constexpr
+):  # fmt: skip
+    """What pixels (h, w) of the channels at_c gather from the resized ones that read them."""
+    total, down_by = tile(c.pixels, c.channels, c.acc), width // c.patch_w * patches
+    if c.unrolled:
+        for i in tl.static_range(taps_h):
+            down, at_r = _row(h, first_row + i, size_h, height, down_by, rows, c.patch_h, c)
+            for j in tl.static_range(taps_w):
+                across, at_s = _row(w, first_column + j, size_w, width, patches, columns, c.patch_w, c)
+                total = _add(total, base, at_c, at_r + at_s, down * across, ok, c)
+    else:
+        for i in range(taps_h):
+            down, at_r = _row(h, first_row + i, size_h, height, down_by, rows, c.patch_h, c)
+            for j in range(taps_w):
+                across, at_s = _row(w, first_column + j, size_w, width, patches, columns, c.patch_w, c)
+                total = _add(total, base, at_c, at_r + at_s, down * across, ok, c)
+    return total
 
 
 @triton.jit
 def _adjoint(pid, z, out, channels, size_h, size_w, batch, height, width, c: tl.constexpr):
     image, channel, p = _block(pid, channels, size_h * size_w, c)
     h, w = (p // size_w).to(c.index), (p % size_w).to(c.index)
-    ok = (channel < channels)[:, None] & (p < size_h * size_w)[None, :]
-    wide = width // c.patch_w
-    images, planes, patches, rows, columns = _patch_strides(batch, channels, height // c.patch_h * wide, c)
-    base, at_c = z + image.to(tl.int64) * images, (channel.to(c.index) * planes)[:, None]
+    ok = (p < size_h * size_w)[:, None] & (channel < channels)[None, :]
+    count = height // c.patch_h * (width // c.patch_w)
+    images, planes, patches, rows, columns = _patch_strides(batch, channels, count, c)
+    base, at_c = z + image.to(tl.int64) * images, (channel.to(c.index) * planes)[None, :]
     first_row, first_column = _first_reader(h, size_h, height, c), _first_reader(w, size_w, width, c)
-    total = tile(c.channels, c.pixels, c.acc)
-    if c.unrolled:
-        for i in tl.static_range(c.taps_h):
-            r = first_row + i
-            down = _weight(h, r, size_h, height, c)
-            at_row = r // c.patch_h * wide * patches + r % c.patch_h * rows
-            for j in tl.static_range(c.taps_w):
-                s = first_column + j
-                total = _gather(
-                    total, base, at_c, ok, at_row, down, w, s, size_w, width, patches, columns, c
-                )
-    else:
-        for i in range(c.taps_h):
-            r = first_row + i
-            down = _weight(h, r, size_h, height, c)
-            at_row = r // c.patch_h * wide * patches + r % c.patch_h * rows
-            for j in range(c.taps_w):
-                s = first_column + j
-                total = _gather(
-                    total, base, at_c, ok, at_row, down, w, s, size_w, width, patches, columns, c
-                )
+    total = _gather(
+        base, at_c, ok, h, w, first_row, first_column, size_h, size_w, height, width, patches, rows, columns,
+        c.taps_h, c.taps_w, c
+    )  # fmt: skip
     data = out.data + image.to(tl.int64) * out.batch
-    to = (channel.to(c.index) * out.channel)[:, None] + (h * out.row + w * out.column)[None, :]
+    to = (channel.to(c.index) * out.channel)[None, :] + (h * out.row + w * out.column)[:, None]
     tl.store(data + to, total.to(data.dtype.element_ty), ok)
 
 

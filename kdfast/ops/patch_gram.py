@@ -123,7 +123,9 @@ def _triton_backward(grad_products, grad_distance, x, y, saved, *arguments):
     grid, (*flags, transposed, need_x, need_y) = Grid(*arguments[:6]), arguments[6:]
     needed, gradients = (need_x, need_y), new_gradients((x, y), (need_x, need_y))
     inter, feature_side = flags[3:]
-    own = saved.numel() > 0 and not (inter or feature_side)  # each side's gradient takes that side and saved Grams
+    own = saved.numel() > 0 and not (
+        inter or feature_side
+    )  # each side's gradient takes that side and saved Grams
     for block in _blocks(x, y, grid):
         sides = [_part(v, grid, block) for v in (x, y)]
         used = [not own or need for need in needed]
@@ -240,7 +242,10 @@ def patch_gram(
     chosen = backend.choose("patch_gram", x.device.type, ("triton",))
     resized = not (grid.fits(x) and grid.fits(y))
     if resized or chosen == "triton":
-        pixels, share = grid.size[0] * grid.size[1], SAVED_SHARE_GPU if chosen == "triton" else SAVED_SHARE_RESIZED
+        pixels, share = (
+            grid.size[0] * grid.size[1],
+            SAVED_SHARE_GPU if chosen == "triton" else SAVED_SHARE_RESIZED,
+        )
         most_saved = int(share * pixels * min(v.shape[0] * v.shape[1] for v in (x, y)))
     else:
         nbytes = x.numel() * x.element_size() + y.numel() * y.element_size()

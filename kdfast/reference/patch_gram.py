@@ -64,7 +64,9 @@ def resize(x: Tensor, grid: Grid) -> Tensor:
     height, width = grid.size
     if not grid.bilinear:
         return pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
-    return interpolate(x.to(resized_dtype(x, grid)), size=(height, width), mode="bilinear", align_corners=False)
+    return interpolate(
+        x.to(resized_dtype(x, grid)), size=(height, width), mode="bilinear", align_corners=False
+    )
 
 
 def patches(x: Tensor, grid: Grid) -> Tensor:
