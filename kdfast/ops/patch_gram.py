@@ -6,12 +6,11 @@ a time; on a GPU the maps go through the gram op's kernels in blocks of groups. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .. import backend
 from ..reference import patch_gram as reference
@@ -27,9 +26,11 @@ from .gram import gram, saved_size, workspace_size
 # Saved Grams may take this share of a resized map, or of both maps where neither is resized, in bytes. With the tiles
 # beside them, a call then stays below one resized copy, or 10 % of the maps.
 SAVED_SHARE_RESIZED = 0.55
+SAVED_SHARE_GPU = 0.55
 SAVED_SHARE = 0.04
 SAVED_SHARE_SPATIAL = 0.02  # where a block is a row of pixels: 1 / patch_h of the groups
-GPU_BLOCK_BYTES = 128 << 20
+# On a GPU a block of groups has resized copies of at most this size, of each map: few launches count more there.
+GPU_BLOCK_BYTES = 256 << 20
 MANY_GROUPS = 8  # from here on the C++ forward can save the Grams of some of the groups
 
 SPATIAL = AVERAGES.index("spatial")
@@ -79,99 +80,82 @@ def _reference_backward(grad_products, grad_distance, x, y, saved, *arguments):
     return reference_gradients(lambda x, y: reference.patch_gram(x, y, grid, *flags), (x, y), needed, grads)
 
 
-def _blocks(x: Tensor, y: Tensor, grid: Grid) -> Iterator[slice]:
+def _blocks(x: Tensor, y: Tensor, grid: Grid) -> list[slice]:
     """Slices of the channels (batch average: of the images) that are resized at a time; all of them for spatial."""
     axis = 0 if grid.average == BATCH else 1
     count = x.shape[axis]
-    if grid.average == SPATIAL:
-        yield slice(None)  # of each side, whose channels may differ
-        return
     pixels = grid.size[0] * grid.size[1]
     size = max(v.shape[0] * v.shape[1] for v in (x, y)) * pixels * accumulator(x, y).itemsize
-    step = max(1, min(count // 2, count * GPU_BLOCK_BYTES // max(size, 1)))
-    for begin in range(0, count, step):
-        yield slice(begin, min(begin + step, count))
+    if grid.average == SPATIAL or size <= GPU_BLOCK_BYTES:
+        return [slice(None)]
+    step = max(1, count * GPU_BLOCK_BYTES // size)
+    return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
 def _part(x: Tensor, grid: Grid, block: slice) -> Tensor:
-    return x[block] if grid.average == BATCH else x[:, block]
+    return x if block == slice(None) else x[block] if grid.average == BATCH else x[:, block]
+
+
+def _view(matrices: Tensor, transposed: bool) -> Tensor:
+    """Patch matrices [G, N, D] as a view for the gram op."""
+    return (matrices.mT if transposed else matrices)[:, :, None, None, None]
 
 
 def _triton(x, y, *arguments):
-    from ..kernels import gram as kernels
+    from ..kernels.gram import gram
+    from ..kernels.resize import patch_matrices
 
     grid, (*flags, transposed, saved_groups) = Grid(*arguments[:6]), arguments[6:]
     parts = []
     for block in _blocks(x, y, grid):
-        views = (reference.view(_part(v, grid, block), grid, transposed) for v in (x, y))
-        parts.append(kernels.gram(*views, *flags, saved_groups > 0))
+        found = patch_matrices([_part(v, grid, block) for v in (x, y)], grid)
+        parts.append(gram(*(_view(m, transposed) for m in found), *flags, saved_groups > 0))
+    if len(parts) == 1:
+        return parts[0]
     products, distance, saved = zip(*parts, strict=True)
     return torch.cat(products, 2), torch.cat(distance, 1), torch.cat(saved)
 
 
 def _triton_backward(grad_products, grad_distance, x, y, saved, *arguments):
-    from ..kernels import gram as kernels
+    from ..kernels.gram import gram_backward
+    from ..kernels.resize import map_gradients, patch_matrices
 
     grid, (*flags, transposed, need_x, need_y) = Grid(*arguments[:6]), arguments[6:]
-    gradients = new_gradients((x, y), (need_x, need_y))
-    spatial = grid.average == SPATIAL
+    needed, gradients = (need_x, need_y), new_gradients((x, y), (need_x, need_y))
+    inter, feature_side = flags[3:]
+    own = saved.numel() > 0 and not (
+        inter or feature_side
+    )  # each side's gradient takes that side and saved Grams
     for block in _blocks(x, y, grid):
-        groups = slice(None) if spatial else block
-        views = [reference.view(_part(v, grid, block), grid, transposed) for v in (x, y)]
-        kept = saved[groups] if saved.numel() else saved
-        found = kernels.gram_backward(
-            grad_products[:, :, groups], grad_distance[:, groups], *views, kept, *flags, need_x, need_y
+        sides = [_part(v, grid, block) for v in (x, y)]
+        used = [not own or need for need in needed]
+        found = iter(patch_matrices([v for v, use in zip(sides, used, strict=True) if use], grid))
+        views = [
+            _view(next(found) if use else _unread(v, grid), transposed)
+            for v, use in zip(sides, used, strict=True)
+        ]
+        groups = slice(None) if grid.average == SPATIAL else block
+        found = gram_backward(
+            grad_products[:, :, groups], grad_distance[:, groups], *views,
+            saved[groups] if saved.numel() else saved, *flags, *needed,
+        )  # fmt: skip
+        map_gradients(
+            [_matrices_of(f, transposed) for f, need in zip(found, needed, strict=True) if need],
+            [_part(g, grid, block) for g, need in zip(gradients, needed, strict=True) if need],
+            grid,
         )
-        for v, gradient, part, need in zip((x, y), gradients, found, (need_x, need_y), strict=True):
-            if need:
-                part = _join(part, _part(v, grid, block).shape, grid, transposed)
-                _part(gradient, grid, block).copy_(_resize_adjoint(part, v, grid))
     return gradients
 
 
-def _join(view: Tensor, shape: torch.Size, grid: Grid, transposed: bool) -> Tensor:
-    """The map [B, C, H', W'] of a view of its patches."""
-    b, c = shape[:2]
-    view = view.flatten(3).flatten(1, 2)
-    view = view.mT if transposed else view  # [G, N, D]
-    i, j, u, v = grid.rows, grid.columns, grid.patch_h, grid.patch_w
-    if grid.average == SPATIAL:
-        view = view.reshape(u, v, i, j, b, c).permute(4, 5, 2, 0, 3, 1)
-    elif grid.average == BATCH:
-        view = view.reshape(b, i, j, c, u, v).permute(0, 3, 1, 4, 2, 5)
-    else:
-        view = view.reshape(c, i, j, b, u, v).permute(3, 0, 1, 4, 2, 5)
-    return view.reshape(b, c, *grid.size)
+def _unread(x: Tensor, grid: Grid) -> Tensor:
+    """Stands for patch matrices [G, N, D] of which only the shape is used: one element."""
+    return x.new_empty(1, dtype=reference.resized_dtype(x, grid)).expand(grid.matrices(x))
 
 
-def _resize_adjoint(gradient: Tensor, x: Tensor, grid: Grid) -> Tensor:
-    """From the gradient of the resized map to that of ``x``, in a fixed order (torch's own adjoint adds atomically)."""
-    (height, width), (resized_height, resized_width) = x.shape[2:], grid.size
-    if not grid.bilinear:
-        return pad(gradient, (0, width - resized_width, 0, height - resized_height))
-    for axis, (size, resized) in ((3, (width, resized_width)), (2, (height, resized_height))):
-        if size != resized:
-            gradient = _axis_adjoint(gradient, axis, size, resized)
-    return gradient
-
-
-def _axis_adjoint(gradient: Tensor, axis: int, size: int, resized: int) -> Tensor:
-    """Each pixel gathers its weighted share of the few resized pixels that read it."""
-    position = ((torch.arange(resized, dtype=torch.float64) + 0.5) * (size / resized) - 0.5).clamp_min(0)
-    low = position.long().clamp_max(size - 1)
-    weight = torch.zeros(size, resized, dtype=torch.float64)
-    columns = torch.arange(resized)
-    weight[low, columns] += 1 - (position - low)
-    weight[(low + 1).clamp_max(size - 1), columns] += position - low
-    taps = int((weight != 0).sum(1).max())
-    weight, index = weight.topk(taps, dim=1)  # [size, taps]
-    shape = [size if a == axis else 1 for a in range(4)]
-    total = None
-    for k in range(taps):
-        share = weight[:, k].to(gradient.device, gradient.dtype).view(shape)
-        term = gradient.index_select(axis, index[:, k].to(gradient.device)) * share
-        total = term if total is None else total.add_(term)
-    return total
+def _matrices_of(view: Tensor, transposed: bool) -> Tensor:
+    """Patch matrices [G, N, D] of a view of them: the inverse of :func:`_view`."""
+    matrices = view[:, :, 0, 0, 0]
+    return matrices.mT if transposed else matrices
 
 
 _GRID = "int patch_h, int patch_w, int rows, int columns, bool bilinear, int average, "
@@ -257,9 +241,12 @@ def patch_gram(
     """
     chosen = backend.choose("patch_gram", x.device.type, ("triton",))
     resized = not (grid.fits(x) and grid.fits(y))
-    if resized:
-        pixels = grid.size[0] * grid.size[1]
-        most_saved = int(SAVED_SHARE_RESIZED * pixels * min(v.shape[0] * v.shape[1] for v in (x, y)))
+    if resized or chosen == "triton":
+        pixels, share = (
+            grid.size[0] * grid.size[1],
+            SAVED_SHARE_GPU if chosen == "triton" else SAVED_SHARE_RESIZED,
+        )
+        most_saved = int(share * pixels * min(v.shape[0] * v.shape[1] for v in (x, y)))
     else:
         nbytes = x.numel() * x.element_size() + y.numel() * y.element_size()
         share = SAVED_SHARE_SPATIAL if grid.average == SPATIAL else SAVED_SHARE
@@ -273,7 +260,7 @@ def patch_gram(
     planes = not (feature_side or transposed) and all(_reads_planes(v, grid) for v in (x, y))
     # Whole patches need no copy where the kernels read along their rows.
     along_rows = x.stride(3) == 1 and y.stride(3) == 1 and grid.average != SPATIAL
-    if not resized and (chosen == "triton" or (chosen == "cpu" and along_rows and not planes)):
+    if not resized and along_rows and (chosen == "triton" or (chosen == "cpu" and not planes)):
         views = (reference.view(v, grid, transposed) for v in (x, y))
         most = None if chosen == "triton" else most_saved
         results = gram(

@@ -52,15 +52,21 @@ class Grid(NamedTuple):
         return groups, self.rows * self.columns, features
 
 
+def resized_dtype(x: Tensor, grid: Grid) -> torch.dtype:
+    """The type of accumulation where a resize mixes values, else the map's."""
+    return x.dtype if x.dtype == torch.float64 or not grid.bilinear or grid.fits(x) else torch.float32
+
+
 def resize(x: Tensor, grid: Grid) -> Tensor:
-    """The map at the size of the grid, in the type of accumulation where values are mixed."""
+    """The map at the size of the grid, of :func:`resized_dtype`."""
     if grid.fits(x):
         return x
     height, width = grid.size
     if not grid.bilinear:
         return pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
-    x = x if x.dtype == torch.float64 else x.float()
-    return interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+    return interpolate(
+        x.to(resized_dtype(x, grid)), size=(height, width), mode="bilinear", align_corners=False
+    )
 
 
 def patches(x: Tensor, grid: Grid) -> Tensor:
