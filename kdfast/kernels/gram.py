@@ -32,7 +32,14 @@ CKA, CKA_ROW, UNBIASED, ROW_COSINE, MEAN, DIFFERENCE = range(6)
 PROGRAMS, MAX_SPLITS, MIN_STEPS = 512, 64, 4
 # Rows that one program holds, by what multiplies them: TF32, float32 (its registers end there), float64
 WHOLE_ROWS, WHOLE_ROWS_IEEE, WHOLE_ROWS_DOUBLE = 128, 80, 32
+# How products of float32 are made: "bf16x6" (as exact as float32), "bf16x3" (16 bits) on tensor cores, or any
+# input_precision of tl.dot
+EXACT, ROUNDED = "bf16x6", "bf16x3"
+PIECES = {"bf16x3": 2, "bf16x6": 3}
 COMPARED_ROWS = 512  # rows of Grams that one program compares; larger Grams are compared by PyTorch
+WHOLE_TILES = {16: (64, 4), 32: (64, 4), 48: (64, 4), 64: (64, 4), 80: (64, 4), 96: (64, 4), 128: (64, 8)}
+APPLY_TILES = {16: (64, 4), 32: (64, 4), 48: (64, 4), 64: (64, 4), 80: (64, 4), 96: (64, 4), 128: (64, 8)}
+WHOLE_STAGES, APPLY_STAGES = 3, 3
 ROW_TILES = {16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (64, 64)}
 
 
@@ -119,6 +126,15 @@ def gram_backward(
     return grad_x, grad_y
 
 
+def _precision(*dtypes: torch.dtype) -> tuple[str, int]:
+    """Config.precision and Config.pieces."""
+    found = precision(*dtypes)
+    if torch.float64 in dtypes:
+        return found, 1
+    found = EXACT if found == "ieee" else ROUNDED
+    return ("tf32", PIECES[found]) if found in PIECES else (found, 1)
+
+
 def _matrices(v: Tensor, dtype: torch.dtype) -> Tensor:
     return v.flatten(3).flatten(1, 2).to(dtype)  # [G, N, D]
 
@@ -141,7 +157,7 @@ class _Call:
             )
         self.x, self.compare, self.centered, self.inter = x, compare, centered, inter
         self.dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-        self.precision = precision(x.dtype, y.dtype)
+        self.precision, self.pieces = _precision(x.dtype, y.dtype)
         self.groups, self.n = x.shape[0], x.shape[1] * x.shape[2]
         self.dx, self.dy = (v.shape[3] * v.shape[4] * v.shape[5] for v in (x, y))
         self.vx, self.vy = view(x), view(y)
@@ -176,7 +192,7 @@ class _Call:
     def _config(self, rows0: int, rows1: int, columns: int, center: int, *views: View, **more) -> Config:
         acc = tl.float64 if self.dtype == torch.float64 else tl.float32
         flat = all(v.flat for v in views)
-        return Config(rows0, rows1, columns, center * self.centered, flat, acc, self.precision, **more)
+        return Config(rows0, rows1, columns, center * self.centered, flat, acc, self.precision, self.pieces, **more)
 
     def _columns(self, rows: int) -> int:
         """Columns of a tile of ``rows`` rows that is multiplied: what fits the registers, see the AOT
@@ -203,8 +219,10 @@ class _Call:
 
     def _whole_tiles(self) -> tuple[int, int, int, int]:
         """Two row tiles that hold all rows, columns, warps."""
-        r0, r1 = ROW_TILES[next(rows for rows in ROW_TILES if rows >= self.n)]
-        return r0, r1, self._columns(r0 + r1), 8 if r0 + r1 >= 64 else 4
+        rows = next(rows for rows in ROW_TILES if rows >= self.n)
+        if self.pieces > 1:
+            return *ROW_TILES[rows], *WHOLE_TILES[rows]
+        return *ROW_TILES[rows], self._columns(rows), 8 if rows >= 64 else 4
 
     def _grams(self, into: Tensor | None) -> Tensor:
         """K and L [G, 2 N N] (or more where ``into`` has more)."""
@@ -215,7 +233,7 @@ class _Call:
         n, dx, dy, groups = self.n, self.dx, self.dy, self.groups
         splits = self._splits(2 * groups, max(dx, dy), columns)
         parts = self._parts(splits, 2 * n * n, into)
-        config = self._config(r0, r1, columns, 1, self.vx, self.vy)
+        config = self._config(r0, r1, columns, 1, self.vx, self.vy, even=self.n == r0 + r1)
         args = (self.vx, self.vy, parts, parts.stride(1), n, dx, dy, splits, groups, config)
         gram_products.whole_grams[(splits * 2 * groups,)](
             *args, **options(warps, self._stages(ieee), keep=not ieee or self.dtype == torch.float64)
@@ -355,7 +373,7 @@ class _Call:
         if factors is None and self.whole:
             r0, r1, columns, warps = self._whole_tiles()
             splits = self._splits(sides * self.groups, max(self.dx, self.dy), columns)
-            config = self._config(r0, r1, columns, 1, self.vx, self.vy, ox, oy)
+            config = self._config(r0, r1, columns, 1, self.vx, self.vy, ox, oy, even=self.n == r0 + r1)
             args = (self.vx, self.vy, ox, oy, small, self.n, self.dx, self.dy, splits, first, sides, config)
             gram_products.whole_apply[(splits * sides * self.groups,)](*args, **options(warps, keep=False))
             return
