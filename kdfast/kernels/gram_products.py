@@ -297,6 +297,19 @@ def _pair_product(a, b, mean_a, mean_b, out, g, na, nb, d, i, j, split, splits, 
         _store(out, rows, cols.to(tl.int64) * nb, rows < na, cols < nb, acc)
 
 
+@triton.jit
+def _pair_square(a, mean, out, g, n, d, i, split, splits, c: tl.constexpr):
+    """Tile (i, i) of A A^T [n, n]."""
+    rows, base = i * c.rows0 + tl.arange(0, c.rows0), a.data + g * a.group
+    at, ok = _row_offsets(a, rows), rows < n
+    acc = tile(c.rows0, c.rows0, c.acc)
+    start, end = _share(d, c.columns, split, splits)
+    for column in range(start, end, c.columns):
+        f = column + tl.arange(0, c.columns)
+        acc = _square(_tile(base, at, _col_offsets(a, f, c), rows, f, ok, f < d, mean, c.center, c), acc, c)
+    _store(out, rows.to(tl.int64) * n, rows, ok, ok, _squared(acc, c))
+
+
 @triton.jit(do_not_specialize=["splits", "groups", "tiles"])
 def pair_products(
     x, y, mean_x, mean_y, out, group_stride, nx, ny, dx, dy, splits, groups, tiles, c: tl.constexpr
@@ -315,11 +328,18 @@ def pair_products(
     mean_x += g * (dx if c.center == 1 else nx)
     mean_y += g * (dy if c.center == 1 else ny)
     if product == 0:
-        if (i <= j) & (j * c.rows0 < nx):
-            _pair_product(x, x, mean_x, mean_x, out, g, nx, nx, dx, i, j, split, splits, i < j, c)
+        if j * c.rows0 < nx:
+            if i == j:
+                _pair_square(x, mean_x, out, g, nx, dx, i, split, splits, c)
+            elif i < j:
+                _pair_product(x, x, mean_x, mean_x, out, g, nx, nx, dx, i, j, split, splits, True, c)
     elif product == 1:
-        if (i <= j) & (j * c.rows0 < ny):
-            _pair_product(y, y, mean_y, mean_y, out + size_x, g, ny, ny, dy, i, j, split, splits, i < j, c)
+        if j * c.rows0 < ny:
+            out += size_x
+            if i == j:
+                _pair_square(y, mean_y, out, g, ny, dy, i, split, splits, c)
+            elif i < j:
+                _pair_product(y, y, mean_y, mean_y, out, g, ny, ny, dy, i, j, split, splits, True, c)
     else:
         if (i * c.rows0 < nx) & (j * c.rows0 < ny):
             to = out + size_x + size_y
