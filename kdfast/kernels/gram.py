@@ -32,8 +32,33 @@ CKA, CKA_ROW, UNBIASED, ROW_COSINE, MEAN, DIFFERENCE = range(6)
 PROGRAMS, MAX_SPLITS, MIN_STEPS = 512, 64, 4
 # Rows that one program holds, by what multiplies them: TF32, float32 (its registers end there), float64
 WHOLE_ROWS, WHOLE_ROWS_IEEE, WHOLE_ROWS_DOUBLE = 128, 80, 32
+# How products of float32 are made: "bf16x6" (as exact as float32), "bf16x3" (16 bits) on tensor cores, or any
+# input_precision of tl.dot
+EXACT, ROUNDED = "bf16x6", "bf16x3"
+PIECES = {"bf16x3": 2, "bf16x6": 3}
 COMPARED_ROWS = 512  # rows of Grams that one program compares; larger Grams are compared by PyTorch
 ROW_TILES = {16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (64, 64)}
+# The same for products in pieces: two row tiles, columns, warps, stages
+WHOLE_TILES = {
+    16: (16, 0, 128, 4, 3),
+    32: (32, 0, 128, 4, 3),
+    64: (64, 0, 64, 4, 3),
+    80: (64, 16, 64, 4, 3),
+    96: (64, 32, 64, 4, 3),
+    128: (128, 0, 64, 8, 3),
+}
+APPLY_TILES = {
+    16: (16, 0, 128, 4, 3),
+    32: (32, 0, 128, 4, 3),
+    64: (64, 0, 64, 4, 3),
+    80: (64, 16, 64, 4, 2),
+    96: (64, 32, 64, 4, 2),
+    128: (128, 0, 64, 8, 2),
+}
+# Products of more rows: rows of a tile, columns of a step, warps, stages
+PAIR_TILES = {16: (16, 128, 4, 3), 32: (32, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 3)}
+# Small matrices times a view of more rows: rows and columns of a tile, contracted elements of a step, warps, stages
+PAIR_APPLY_TILES = {16: (16, 128, 16, 4, 3), 32: (32, 128, 32, 4, 3), 64: (64, 64, 64, 4, 3), 128: (128, 128, 32, 8, 3)}
 
 
 def gram(
@@ -119,6 +144,20 @@ def gram_backward(
     return grad_x, grad_y
 
 
+def _precision(*dtypes: torch.dtype) -> tuple[str, int]:
+    """Config.precision and Config.pieces."""
+    found = precision(*dtypes)
+    if torch.float64 in dtypes:
+        return found, 1
+    found = EXACT if found == "ieee" else ROUNDED
+    return ("tf32", PIECES[found]) if found in PIECES else (found, 1)
+
+
+def _smallest(table: dict[int, tuple], rows: int) -> tuple:
+    """The entry of the smallest tile that holds the rows, or of the largest."""
+    return table[next((size for size in table if size >= rows), max(table))]
+
+
 def _matrices(v: Tensor, dtype: torch.dtype) -> Tensor:
     return v.flatten(3).flatten(1, 2).to(dtype)  # [G, N, D]
 
@@ -141,7 +180,7 @@ class _Call:
             )
         self.x, self.compare, self.centered, self.inter = x, compare, centered, inter
         self.dtype = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
-        self.precision = precision(x.dtype, y.dtype)
+        self.precision, self.pieces = _precision(x.dtype, y.dtype)
         self.groups, self.n = x.shape[0], x.shape[1] * x.shape[2]
         self.dx, self.dy = (v.shape[3] * v.shape[4] * v.shape[5] for v in (x, y))
         self.vx, self.vy = view(x), view(y)
@@ -155,8 +194,10 @@ class _Call:
         self.px, self.py = (self.vx.T, self.vy.T) if self.feature_side else (self.vx, self.vy)
         self.rows_x, self.rows_y = (self.dx, self.dy) if self.feature_side else (self.n, self.n)
         self.contracted = self.n if self.feature_side else self.dx
-        ieee_rows = WHOLE_ROWS_DOUBLE if self.dtype == torch.float64 else WHOLE_ROWS_IEEE
-        self.whole = self.n <= min(WHOLE_ROWS, ieee_rows if self.precision == "ieee" else WHOLE_ROWS)
+        most = WHOLE_ROWS
+        if self.precision == "ieee":
+            most = min(most, WHOLE_ROWS_DOUBLE if self.dtype == torch.float64 else WHOLE_ROWS_IEEE)
+        self.whole = self.n <= most
 
     def products(self, saved: Tensor | None, fill: bool) -> tuple[Tensor | None, Tensor | None]:
         """K, L and (P P^T, Q Q^T, P Q^T), each [G, elements]: computed, or read from what a forward saved.
@@ -176,7 +217,7 @@ class _Call:
     def _config(self, rows0: int, rows1: int, columns: int, center: int, *views: View, **more) -> Config:
         acc = tl.float64 if self.dtype == torch.float64 else tl.float32
         flat = all(v.flat for v in views)
-        return Config(rows0, rows1, columns, center * self.centered, flat, acc, self.precision, **more)
+        return Config(rows0, rows1, columns, center * self.centered, flat, acc, self.precision, self.pieces, **more)
 
     def _columns(self, rows: int) -> int:
         """Columns of a tile of ``rows`` rows that is multiplied: what fits the registers, see the AOT
@@ -201,31 +242,34 @@ class _Call:
             parts, 0, out=into[:, :count] if into is not None else parts.new_empty(parts.shape[1:])
         )
 
-    def _whole_tiles(self) -> tuple[int, int, int, int]:
-        """Two row tiles that hold all rows, columns, warps."""
-        r0, r1 = ROW_TILES[next(rows for rows in ROW_TILES if rows >= self.n)]
-        return r0, r1, self._columns(r0 + r1), 8 if r0 + r1 >= 64 else 4
+    def _whole_tiles(self, table: dict[int, tuple], stages: int) -> tuple[int, int, int, int, int]:
+        """Two row tiles that hold all rows, columns, warps, stages."""
+        if self.pieces > 1:
+            *tiles, stages = table[next(rows for rows in table if rows >= self.n)]
+            return *tiles, self._stages(stages)
+        rows = next(rows for rows in ROW_TILES if rows >= self.n)
+        return *ROW_TILES[rows], self._columns(rows), 8 if rows >= 64 else 4, self._stages(stages)
 
     def _grams(self, into: Tensor | None) -> Tensor:
         """K and L [G, 2 N N] (or more where ``into`` has more)."""
         if not self.whole:
             return self._pair_products(False, into)
         ieee = self.precision == "ieee"
-        r0, r1, columns, warps = self._whole_tiles()
+        r0, r1, columns, warps, stages = self._whole_tiles(WHOLE_TILES, 2 if ieee else 3)
         n, dx, dy, groups = self.n, self.dx, self.dy, self.groups
         splits = self._splits(2 * groups, max(dx, dy), columns)
         parts = self._parts(splits, 2 * n * n, into)
-        config = self._config(r0, r1, columns, 1, self.vx, self.vy)
+        config = self._config(r0, r1, columns, 1, self.vx, self.vy, even=self.n == r0 + r1)
         args = (self.vx, self.vy, parts, parts.stride(1), n, dx, dy, splits, groups, config)
         gram_products.whole_grams[(splits * 2 * groups,)](
-            *args, **options(warps, self._stages(ieee), keep=not ieee or self.dtype == torch.float64)
+            *args, **options(warps, stages, keep=not ieee or self.dtype == torch.float64)
         )
         return self._summed(parts, 2 * n * n, into)
 
-    def _stages(self, ieee: bool) -> int:
+    def _stages(self, stages: int) -> int:
         if PIPELINER_FAILS and self.x.is_cuda and torch.cuda.get_device_capability(self.x.device)[0] >= 10:
             return 1
-        return 2 if ieee else 3
+        return stages
 
     def _pair_tile(self, rows: int) -> int:
         return 16 if rows <= 16 else 32 if rows <= 32 or self.dtype == torch.float64 else 64
@@ -236,8 +280,12 @@ class _Call:
         nx, ny = (self.rows_x, self.rows_y) if cross else (self.n, self.n)
         dx, dy = (self.contracted, self.contracted) if cross else (self.dx, self.dy)
         count = nx * nx + ny * ny + cross * nx * ny
-        tile = self._pair_tile(max(nx, ny))
-        columns, tiles = min(32, self._columns(tile)), triton.cdiv(max(nx, ny), tile)
+        if self.pieces > 1:
+            tile, columns, warps, stages = _smallest(PAIR_TILES, max(nx, ny))
+        else:
+            tile = self._pair_tile(max(nx, ny))
+            columns, warps, stages = min(32, self._columns(tile)), 8 if tile == 64 else 4, 2
+        tiles = triton.cdiv(max(nx, ny), tile)
         programs = self.groups * (2 + cross) * tiles * tiles
         splits = self._splits(programs, max(dx, dy), columns)
         parts = self._parts(splits, count, into)
@@ -245,7 +293,7 @@ class _Call:
         config = self._config(tile, 0, columns, 2 if cross else 1, vx, vy, cross=cross)
         gram_products.pair_products[(splits * programs,)](
             vx, vy, *means, parts, parts.stride(1), nx, ny, dx, dy, splits, self.groups, tiles, config,
-            **options(8 if tile == 64 else 4),
+            **options(warps, self._stages(stages)),
         )  # fmt: skip
         return self._summed(parts, count, into)
 
@@ -353,11 +401,13 @@ class _Call:
         first, sides = int(not need_x), need_x + need_y
         ieee = self.precision == "ieee"
         if factors is None and self.whole:
-            r0, r1, columns, warps = self._whole_tiles()
+            r0, r1, columns, warps, stages = self._whole_tiles(APPLY_TILES, 2)
             splits = self._splits(sides * self.groups, max(self.dx, self.dy), columns)
-            config = self._config(r0, r1, columns, 1, self.vx, self.vy, ox, oy)
+            config = self._config(r0, r1, columns, 1, self.vx, self.vy, ox, oy, even=self.n == r0 + r1)
             args = (self.vx, self.vy, ox, oy, small, self.n, self.dx, self.dy, splits, first, sides, config)
-            gram_products.whole_apply[(splits * sides * self.groups,)](*args, **options(warps, keep=False))
+            gram_products.whole_apply[(splits * sides * self.groups,)](
+                *args, **options(warps, stages, keep=False)
+            )
             return
         nothing = self.x.new_empty(0, dtype=self.dtype)
         gram_args = (nothing, nothing, nothing) if small is None else (small, *self._column_means())
@@ -367,12 +417,15 @@ class _Call:
         if self.feature_side:
             ox, oy = ox.T, oy.T
         dx, dy = (self.contracted, self.contracted) if self.transposed else (self.dx, self.dy)
-        tile = self._pair_tile(max(self.rows_x, self.rows_y))
-        columns = 32 if ieee else 64
+        if self.pieces > 1:
+            tile, columns, inner, warps, stages = _smallest(PAIR_APPLY_TILES, max(self.rows_x, self.rows_y))
+        else:
+            tile = self._pair_tile(max(self.rows_x, self.rows_y))
+            columns, inner, warps, stages = (32, 16, 8, 2) if ieee else (64, 32, 4, 2)
         tiles, blocks = triton.cdiv(max(self.rows_x, self.rows_y), tile), triton.cdiv(max(dx, dy), columns)
-        terms = {"gram": small is not None, "cross": factors is not None, "inner": 16 if ieee else 32}
+        terms = {"gram": small is not None, "cross": factors is not None, "inner": inner}
         config = self._config(tile, 0, columns, 1, self.px, self.py, ox, oy, **terms)
         gram_products.pair_apply[(sides * self.groups * tiles * blocks,)](
             self.px, self.py, ox, oy, *gram_args, *cross_args, self.rows_x, self.rows_y, dx, dy,
-            first, sides, tiles, blocks, config, **options(8 if ieee else 4),
+            first, sides, tiles, blocks, config, **options(warps, self._stages(stages)),
         )  # fmt: skip

@@ -13,7 +13,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ..backend import interpreting
 from ._zeros import tile, vector
+
+
+INTERPRETED = tl.constexpr(interpreting())
 
 
 class Config(NamedTuple):
@@ -25,7 +29,9 @@ class Config(NamedTuple):
     center: int  # 0: not at all, 1: every column, 2: every row
     flat: bool  # columns of all views lie along one stride
     acc: tl.dtype
-    precision: str  # input_precision of every product
+    precision: str  # input_precision of a product that is not made of pieces
+    pieces: int = 1  # bfloat16 numbers that a float32 is split into for a product
+    even: bool = False  # the tiles hold no more rows than there are
     inner: int = 0  # contracted elements of a step, where that is not one of the above
     gram: bool = False  # which terms pair_apply adds
     cross: bool = False
@@ -58,8 +64,59 @@ def _store(base, row_offsets, col_offsets, row_ok, col_ok, tile):
 
 
 @triton.jit
+def _leading(x):
+    """The leading 8 bits of float32, as bfloat16, and what they leave."""
+    bits = x.to(tl.uint32, bitcast=True)
+    leading = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    if INTERPRETED:  # whose products know no bfloat16
+        return leading, x - leading
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), x - leading
+
+
+@triton.jit
+def _pieces(x):
+    """x = a + b + e in bfloat16, exactly: cutting off is cheaper here than rounding, and loses nothing."""
+    a, rest = _leading(x)
+    b, rest = _leading(rest)
+    e, rest = _leading(rest)
+    return a, b, e
+
+
+@triton.jit
 def _dot(a, b, acc, c: tl.constexpr):
+    """acc + a b. In pieces, what is small is added first, in an accumulator of its own: see the module."""
+    if c.pieces > 1 and a.dtype == tl.float32:
+        a0, a1, a2 = _pieces(a)
+        b0, b1, b2 = _pieces(b)
+        part = tl.dot(a1, b0, out_dtype=tl.float32)
+        part = tl.dot(a0, b1, part)
+        if c.pieces == 3:
+            part = tl.dot(a2, b0, part)
+            part = tl.dot(a0, b2, part)
+            part = tl.dot(a1, b1, part)
+        return acc + tl.dot(a0, b0, part)
     return tl.dot(a, b, acc, input_precision=c.precision, out_dtype=c.acc)
+
+
+@triton.jit
+def _square(x, acc, c: tl.constexpr):
+    """acc + M, where x x^T is the mean of M and M^T: in pieces, four products instead of six."""
+    if c.pieces > 1 and x.dtype == tl.float32:
+        x0, x1, x2 = _pieces(x)
+        part = tl.dot(x0, tl.trans(x1 * 2), out_dtype=tl.float32)
+        if c.pieces == 3:
+            part = tl.dot(x0, tl.trans(x2 * 2), part)
+            part = tl.dot(x1, tl.trans(x1), part)
+        return acc + tl.dot(x0, tl.trans(x0), part)
+    return _dot(x, tl.trans(x), acc, c)
+
+
+@triton.jit
+def _squared(m, c: tl.constexpr):
+    """x x^T from what _square accumulated."""
+    if c.pieces > 1:
+        return 0.5 * (m + tl.trans(m))
+    return m
 
 
 @triton.jit
@@ -67,6 +124,14 @@ def _share(count, step, part, parts):
     """Start and end of one of ``parts`` shares of ``count``, in whole steps."""
     share = tl.cdiv(tl.cdiv(count, step), parts) * step
     return part * share, tl.minimum(count, (part + 1) * share)
+
+
+@triton.jit
+def _kept(x, row_ok, c: tl.constexpr):
+    """Zero where a tile goes beyond the rows."""
+    if c.even:
+        return x
+    return tl.where(row_ok[:, None], x, 0.0)
 
 
 @triton.jit
@@ -79,15 +144,15 @@ def _all_rows(base, at0, at1, ok0, ok1, col_offsets, col_ok, n, c: tl.constexpr)
         x1 = _load(base, at1, col_offsets, ok1, col_ok)
     if c.center > 0:
         first = tl.load(base + col_offsets, col_ok, other=0.0).to(c.acc)[None, :]
-        x0 = tl.where(ok0[:, None], x0.to(c.acc) - first, 0.0)
+        x0 = _kept(x0.to(c.acc) - first, ok0, c)
         total = tl.sum(x0, 0)
         if c.rows1 > 0:
-            x1 = tl.where(ok1[:, None], x1.to(c.acc) - first, 0.0)
+            x1 = _kept(x1.to(c.acc) - first, ok1, c)
             total += tl.sum(x1, 0)
         mean = (total / n)[None, :]
-        x0 = tl.where(ok0[:, None], x0 - mean, 0.0)
+        x0 = _kept(x0 - mean, ok0, c)
         if c.rows1 > 0:
-            x1 = tl.where(ok1[:, None], x1 - mean, 0.0)
+            x1 = _kept(x1 - mean, ok1, c)
     return x0, x1
 
 
@@ -98,21 +163,21 @@ def _whole_gram(view, out, g, n, d, split, splits, c: tl.constexpr):
     ok0, ok1 = rows0 < n, rows1 < n
     base, at0, at1 = view.data + g * view.group, _row_offsets(view, rows0), _row_offsets(view, rows1)
     k00 = tile(c.rows0, c.rows0, c.acc)
-    k10 = tile(second, c.rows0, c.acc)
+    k01 = tile(c.rows0, second, c.acc)
     k11 = tl.zeros([second, second], c.acc)
     start, end = _share(d, c.columns, split, splits)
     for column in range(start, end, c.columns):
         cols = column + tl.arange(0, c.columns)
         x0, x1 = _all_rows(base, at0, at1, ok0, ok1, _col_offsets(view, cols, c), cols < d, n, c)
-        k00 = _dot(x0, tl.trans(x0), k00, c)
+        k00 = _square(x0, k00, c)
         if c.rows1 > 0:
-            k10 = _dot(x1, tl.trans(x0), k10, c)
-            k11 = _dot(x1, tl.trans(x1), k11, c)
-    _store(out, rows0 * n, rows0, ok0, ok0, k00)
+            k01 = _dot(x0, tl.trans(x1), k01, c)
+            k11 = _square(x1, k11, c)
+    _store(out, rows0 * n, rows0, ok0, ok0, _squared(k00, c))
     if c.rows1 > 0:
-        _store(out, rows1 * n, rows0, ok1, ok0, k10)
-        _store(out, rows1, rows0 * n, ok1, ok0, k10)
-        _store(out, rows1 * n, rows1, ok1, ok1, k11)
+        _store(out, rows0 * n, rows1, ok0, ok1, k01)
+        _store(out, rows0, rows1 * n, ok0, ok1, k01)
+        _store(out, rows1 * n, rows1, ok1, ok1, _squared(k11, c))
 
 
 @triton.jit(do_not_specialize=["n", "splits", "groups"])
@@ -238,6 +303,19 @@ def _pair_product(a, b, mean_a, mean_b, out, g, na, nb, d, i, j, split, splits, 
         _store(out, rows, cols.to(tl.int64) * nb, rows < na, cols < nb, acc)
 
 
+@triton.jit
+def _pair_square(a, mean, out, g, n, d, i, split, splits, c: tl.constexpr):
+    """Tile (i, i) of A A^T [n, n]."""
+    rows, base = i * c.rows0 + tl.arange(0, c.rows0), a.data + g * a.group
+    at, ok = _row_offsets(a, rows), rows < n
+    acc = tile(c.rows0, c.rows0, c.acc)
+    start, end = _share(d, c.columns, split, splits)
+    for column in range(start, end, c.columns):
+        f = column + tl.arange(0, c.columns)
+        acc = _square(_tile(base, at, _col_offsets(a, f, c), rows, f, ok, f < d, mean, c.center, c), acc, c)
+    _store(out, rows.to(tl.int64) * n, rows, ok, ok, _squared(acc, c))
+
+
 @triton.jit(do_not_specialize=["splits", "groups", "tiles"])
 def pair_products(
     x, y, mean_x, mean_y, out, group_stride, nx, ny, dx, dy, splits, groups, tiles, c: tl.constexpr
@@ -256,11 +334,18 @@ def pair_products(
     mean_x += g * (dx if c.center == 1 else nx)
     mean_y += g * (dy if c.center == 1 else ny)
     if product == 0:
-        if (i <= j) & (j * c.rows0 < nx):
-            _pair_product(x, x, mean_x, mean_x, out, g, nx, nx, dx, i, j, split, splits, i < j, c)
+        if j * c.rows0 < nx:
+            if i == j:
+                _pair_square(x, mean_x, out, g, nx, dx, i, split, splits, c)
+            elif i < j:
+                _pair_product(x, x, mean_x, mean_x, out, g, nx, nx, dx, i, j, split, splits, True, c)
     elif product == 1:
-        if (i <= j) & (j * c.rows0 < ny):
-            _pair_product(y, y, mean_y, mean_y, out + size_x, g, ny, ny, dy, i, j, split, splits, i < j, c)
+        if j * c.rows0 < ny:
+            out += size_x
+            if i == j:
+                _pair_square(y, mean_y, out, g, ny, dy, i, split, splits, c)
+            elif i < j:
+                _pair_product(y, y, mean_y, mean_y, out, g, ny, ny, dy, i, j, split, splits, True, c)
     else:
         if (i * c.rows0 < nx) & (j * c.rows0 < ny):
             to = out + size_x + size_y
