@@ -148,7 +148,7 @@ def test_offsets_beyond_32_bits():
         pytest.skip("needs 26 GB of free GPU memory")
     big = torch.empty(elements, dtype=torch.bfloat16, device="cuda")
     # The second group, and the last of 3 rows, lie more than 2^31 elements from the start.
-    x = big.as_strided((2, 3, 1, 1, 1, 500), (2**30 + 1024, 2**29 + 256, 1, 1, 1, 1))
+    x = big.as_strided((2, 3, 1, 500, 1, 1), (2**30 + 1024, 2**29 + 256, 1, 1, 1, 1))
     x.copy_(view(normal(2, 3, 500, dtype=torch.bfloat16, device="cuda")))
     y = view(normal(2, 3, 500, seed=1, dtype=torch.bfloat16, device="cuda"))
     with use_backend("triton"):

@@ -90,7 +90,7 @@ def _distance(student: Tensor, teacher: Tensor, centered: bool, row_norm: str, d
     _, distance = gram(
         _samples(student), _samples(teacher), compare=compare, centered=centered, cosine=cosine
     )
-    return distance[0, 0]
+    return distance.reshape(())  # unlike an index, its backward is a view
 
 
 def _samples(x: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ class _GramLoss(Loss):
         for s, t in levels(student, teacher):
             check_pair(s, t)
             _, distance = gram(_samples(s), _samples(t), compare=compare, centered=False)
-            terms.append(distance[0, 0].float())
+            terms.append(distance.reshape(()).float())
         return total(terms)
 
 
