@@ -120,7 +120,15 @@ class Held:
 
 
 def _work(
-    files: Sequence[Path], prepared_by: float, end: float, jobs: int, results, taken, ready, turn
+    files: Sequence[Path],
+    hold: Path | None,
+    prepared_by: float,
+    end: float,
+    jobs: int,
+    results,
+    taken,
+    ready,
+    turn,
 ) -> None:
     groups = _grouped(variants(files))
     cases = {case.key: case for case in select()}
@@ -152,7 +160,7 @@ def _work(
             break
     with ready.get_lock():
         ready.value += 1
-    while ready.value < jobs and time.monotonic() < prepared_by:
+    while (ready.value < jobs and time.monotonic() < prepared_by) or (hold and hold.exists()):
         time.sleep(0.05)
     with turn:
         if not held:
@@ -188,12 +196,13 @@ def main() -> None:
     parser.add_argument(
         "--prepare", type=float, default=0.65, metavar="SHARE", help="of the minutes, to compile and check"
     )
+    parser.add_argument("--hold", type=Path, metavar="FILE", help="time nothing while FILE exists")
     options = parser.parse_args()
     start = time.monotonic()
     prepared_by, end = start + 60 * options.minutes * options.prepare, start + 60 * options.minutes
     context = torch.multiprocessing.get_context("spawn")
     shared = context.Queue(), context.Value("i", 0), context.Value("i", 0), context.Lock()
-    arguments = (options.files, prepared_by, end, options.jobs, *shared)
+    arguments = (options.files, options.hold, prepared_by, end, options.jobs, *shared)
     workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(options.jobs)]
     for worker in workers:
         worker.start()
