@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference._common import accumulator
-from ._launch import on_device
+from ._launch import on_device, options
 
 ELEMENTS, WARPS = 2048, 4  # of a tile: 16 of each map in a thread
 PIXELS = 256  # of a tile at most, where pixels lie side by side; channels_last: so many channels
@@ -152,7 +152,7 @@ def _run(x: Tensor, y: Tensor, mask: Tensor, grad: Tensor | None, value: bool, g
         errors[(programs,)](
             x, y, mask, x if grad is None else grad, out, parts, x.numel(), channels, height * width, width, blocks,
             groups, *_strides(x), *_strides(y), *_strides(out), value, gradient, grad is not None,
-            _is_flat(x) and _is_flat(y) and _is_flat(out), acc, steps, ch, px, num_warps=WARPS,
+            _is_flat(x) and _is_flat(y) and _is_flat(out), acc, steps, ch, px, **options(WARPS),
         )  # fmt: skip
         if value:
             block = min(FINISH_BLOCK, triton.next_power_of_2(max(programs, 128)))

@@ -29,7 +29,8 @@ class Plan(NamedTuple):
     steps: S times seven numbers, a kind and what it takes: WARP and a matrix [2, 3], which takes pixels (x, y) of the result,
     counted from the centre, to those of the input; CUTOUT and a box (top, left, bottom, right), the last two exclusive;
     NOISE, its standard deviation and the two halves of its seed; CHANNELS and a row of ``channels``.
-    channels: int32 [K, C], for every channel of the result the channel that it shows, or -1 for none (it is 0).
+    channels: int32 [K, C], for every channel of the result the channel that it shows, or -1 for none (it is 0). A row
+    is a permutation, or drops channels where they are.
     """
 
     steps: tuple[tuple[float, ...], ...]
