@@ -139,6 +139,19 @@ def _direction(rows, columns, dtype, balanced=False, labelled=True, teacher=True
     return call
 
 
+def _resize(shape, dtype, average=0, channels_last=False, bilinear=True, patch=16):
+    def call():
+        from kdfast.kernels.resize import map_gradients, patch_matrices
+        from kdfast.reference.patch_gram import Grid
+
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        grid = Grid(patch, patch, -(-shape[2] // patch), -(-shape[3] // patch), bilinear, average)
+        map_gradients(patch_matrices([x, x], grid), [x, x], grid)
+
+    return call
+
+
 f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 CASES = {
     # Row tiles of 16, 64 and 64 + 16 rows; the widest; several tiles.
@@ -195,6 +208,14 @@ CASES = {
     "direction-bf16": ("highest", _direction(1024, 1000, bf16, balanced=True)),
     "direction-f16": ("highest", _direction(8192, 2048, f16, labelled=False)),
     "direction-f64": ("highest", _direction(512, 1024, f64, teacher=False)),
+    "resize-f32": ("highest", _resize((2, 256, 100, 168), f32)),
+    "resize-bf16-channels-last": ("highest", _resize((2, 256, 50, 84), bf16, channels_last=True)),
+    "resize-f32-spatial": ("highest", _resize((2, 256, 25, 42), f32, 2)),
+    "resize-f16-spatial-channels-last": ("highest", _resize((2, 256, 25, 42), f16, 2, channels_last=True)),
+    "resize-f64-batch": ("highest", _resize((2, 3, 7, 11), f64, 1, patch=5)),
+    "resize-f32-many-readers": ("highest", _resize((2, 64, 3, 5), f32)),
+    "resize-bf16-pad": ("highest", _resize((2, 256, 25, 42), bf16, bilinear=False)),
+    "resize-f32-int64": ("highest", _resize((12, 1024, 304, 608), f32)),
     "gram-features-difference": ("high", _gram(5000, 10, f32, "difference", feature_side=True)),
     "logits-dist-bf16": ("highest", _logits(3, 1000, bf16)),
     "logits-dist-float64": ("highest", _logits(3, 5000, f64)),
