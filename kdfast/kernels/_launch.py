@@ -68,6 +68,15 @@ def precision(*dtypes: torch.dtype) -> str:
     return "ieee" if torch.float64 in dtypes or (torch.float32 in dtypes and exact) else "tf32"
 
 
+def cdiv(a: int, b: int) -> int:
+    """Triton's own is made for kernels too, and takes microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def options(warps: int, stages: int = 2, keep: bool = True) -> dict[str, int]:
     """Compiler options of a launch.
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..ops.affinity import new_result
 from ..reference._common import accumulator
-from ._launch import on_device, options, precision
+from ._launch import cdiv, next_power_of_2, on_device, options, precision
 
 FLOAT32 = "ieee" if torch.version.hip else "tf32x3"  # three TF32 products add up to float32's precision
 QUERIES, KEYS = 32, 32
 WARPS = 8  # of a sweep
 ROWS, SIDE_BY_SIDE = 64, 8  # of a tile of ``prefix``
-COLUMNS = 32  # of e at a time, half in float64: the AOT tests see no register spilled
+COLUMNS = 64  # of e at a time, half in float64: the AOT tests see no register spilled
 
 
 @triton.jit
@@ -132,9 +132,9 @@ def _sweep(
     center = torch.where(center.isfinite(), center, 0)
     # Keys above -query: those before its place from the right in the ascending negatives.
     rank = torch.searchsorted(-descending, ascending).to(torch.int32)
-    chunks = triton.cdiv(keys, KEYS)
+    chunks = cdiv(keys, KEYS)
     wide = dtype == torch.float64
-    bc = min(COLUMNS // (2 if wide else 1), max(16, triton.next_power_of_2(columns)))
+    bc = min(COLUMNS // (2 if wide else 1), max(16, next_power_of_2(columns)))
     kind = precision(v.dtype)
     before = v.new_empty((batch, chunks + 1, 2, columns), dtype=torch.float64)
     with on_device(v):
@@ -152,11 +152,11 @@ def _sweep(
             bc,
             num_warps=4,
         )
-        prefix[(triton.cdiv(2 * columns, SIDE_BY_SIDE), batch)](
+        prefix[(cdiv(2 * columns, SIDE_BY_SIDE), batch)](
             before, chunks + 1, 2 * columns, ROWS, SIDE_BY_SIDE, num_warps=4
         )
         to, given = v if out is None else out, v if other is None else other
-        sweep[(triton.cdiv(queries, QUERIES), batch)](
+        sweep[(cdiv(queries, QUERIES), batch)](
             ascending, query_order, rank, descending, key_order, center, before, v, *v.stride(), given, *given.stride(),
             to, *to.stride(), before if dots is None else dots, queries, keys, columns, chunks, count,
             out is not None, dots is not None, tl.float64 if wide else tl.float32,

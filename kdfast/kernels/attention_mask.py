@@ -12,13 +12,12 @@ import ctypes
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference._common import accumulator
 from ..reference.attention_mask import Settings
-from ._launch import on_device
+from ._launch import cdiv, next_power_of_2, on_device
 from .attention_mask_forward import RESULTS, STATS, Options, masks, pool_pair
 from .attention_mask_passes import Config, Map, errors, finish, gradient, pool
 
@@ -98,22 +97,22 @@ class _Call:
 
     def tiles(self) -> tuple[Config, int, int, int]:
         """Of forward passes: tile, warps, steps, and programs per image."""
-        elements, channels = ELEMENTS // (1 + self.wide), triton.next_power_of_2(self.channels)
+        elements, channels = ELEMENTS // (1 + self.wide), next_power_of_2(self.channels)
         channels = min(channels, MOST_CHANNELS)
-        pixels = min(max(elements // channels, LEAST_PIXELS), MOST_PIXELS, triton.next_power_of_2(self.count))
-        while pixels > LEAST_PIXELS and self.batch * triton.cdiv(self.count, pixels) < PROGRAMS:
+        pixels = min(max(elements // channels, LEAST_PIXELS), MOST_PIXELS, next_power_of_2(self.count))
+        while pixels > LEAST_PIXELS and self.batch * cdiv(self.count, pixels) < PROGRAMS:
             pixels //= 2
         warps = min(max(channels * pixels * (1 + self.wide) // (32 * PER_THREAD), 1), 16)
-        tiles = triton.cdiv(self.count, pixels)
+        tiles = cdiv(self.count, pixels)
         steps = min(max(self.batch * tiles // (4 * PROGRAMS), 1), STEPS)
-        return self.config(channels, pixels), warps, steps, triton.cdiv(tiles, steps)
+        return self.config(channels, pixels), warps, steps, cdiv(tiles, steps)
 
     def errors(
         self, x: Tensor, y: Tensor, spatial_mask: Tensor, channel_mask: Tensor, through: bool
     ) -> Tensor:
         """Sums per program; the masks' second rows where there are any."""
         config, warps, _, _ = self.tiles()
-        blocks = triton.cdiv(self.count, config.pixels)
+        blocks = cdiv(self.count, config.pixels)
         sums = self.new(self.batch * blocks)
         parts = self.new(self.batch, blocks, self.channels) if through else sums
         if self.batch > 0:
@@ -138,7 +137,7 @@ def attention_pool(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Implementation of ``kdfast::attention_pool_triton``; see :mod:`kdfast.reference.attention_mask`."""
     call = _Call(x)
     config, warps, _, _ = call.tiles()
-    blocks, kinds = triton.cdiv(call.count, config.pixels), 1 + signed
+    blocks, kinds = cdiv(call.count, config.pixels), 1 + signed
     spatial = call.new(kinds, call.batch, 1, *call.size)
     parts = call.new(kinds, call.batch, blocks, call.channels)
     with on_device(x):
@@ -184,7 +183,7 @@ def attention_mask(
                 call.map(student), call.map(teacher), absolute, spatial[-1], workspace, batch, channels, call.units,
                 blocks, steps, temperature, config, o, num_warps=warps, **_registers(),
             )  # fmt: skip
-            strips, chunks = triton.cdiv(channels, STRIP), triton.cdiv(call.count, CHUNK)
+            strips, chunks = cdiv(channels, STRIP), cdiv(call.count, CHUNK)
             masks[(batch * (1 + o.kinds * strips + chunks),)](
                 absolute, spatial_mask, channel[0], channel[-1], channel_mask, workspace, loss, terms, batch, channels,
                 call.units, blocks, strips, chunks, temperature, _split(s.transfer_weight), _split(s.masked_weight),
@@ -232,10 +231,10 @@ def attention_mask_backward(
     if call.channels_last:
         pixels = GRADIENT_PIXELS_CHANNELS_LAST
     else:
-        pixels = min(GRADIENT_PIXELS, triton.next_power_of_2(call.count))
+        pixels = min(GRADIENT_PIXELS, next_power_of_2(call.count))
     elements = GRADIENT_ELEMENTS // (1 + call.wide)
-    config = call.config(min(elements // pixels, triton.next_power_of_2(channels)), pixels)
-    blocks = triton.cdiv(call.count, pixels)
+    config = call.config(min(elements // pixels, next_power_of_2(channels)), pixels)
+    blocks = cdiv(call.count, pixels)
     maps = 0 if spatial is None else spatial.shape[1]
     if maps:
         spatial, channel = spatial[-1], channel[-1]
@@ -244,7 +243,7 @@ def attention_mask_backward(
         x.new_empty(0, dtype=call.dtype) if v is None else v.contiguous()
         for v in (grad_loss, terms, spatial, channel, spatial_mask, channel_mask, grad_spatial, grad_channel)
     ]
-    grid = (call.batch * blocks, triton.cdiv(channels, config.channels))
+    grid = (call.batch * blocks, cdiv(channels, config.channels))
     with on_device(x):
         gradient[grid](
             call.map(x), call.map(x if other is None else other), call.map(out), *small, call.batch, channels,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference._common import accumulator
-from ._launch import on_device, options, precision
+from ._launch import cdiv, next_power_of_2, on_device, options, precision
 from ._zeros import tile, vector
 
 
@@ -57,7 +57,7 @@ FORWARD = {
 }
 BACKWARD = {
     "ieee": {MAX: Tiles(16, 0, 16, 16, 16, 4, 1)},
-    "tf32x3": {64: Tiles(64, 64, 64, 16, 64, 4, 2), MAX: Tiles(64, 0, 32, 16, 64, 4, 2)},
+    "tf32x3": {64: Tiles(64, 64, 64, 16, 64, 4, 3), MAX: Tiles(64, 0, 32, 16, 64, 4, 2)},
     "tf32": {64: Tiles(64, 64, 64, 32, 64, 4, 2), MAX: Tiles(64, 0, 32, 32, 64, 4, 2)},
     "half": {64: Tiles(64, 64, 64, 32, 64, 4, 2), MAX: Tiles(64, 0, 64, 32, 64, 4, 2)},
 }
@@ -65,7 +65,7 @@ BACKWARD = {
 SMALL = Tiles(32, 0, 32, 16, 32, 4, 2)
 TERMS = 2  # bfloat16 numbers that a weight is split into: 2 keep 16 bits
 WIDE = 64  # most channels of queries and keys whose gradient a program has
-PIXELS, CHANNELS = 32, 64  # of a tile of ``prepare``
+PIXELS, CHANNELS = 64, 64  # of a tile of ``prepare``
 
 
 class Config(NamedTuple):
@@ -430,9 +430,7 @@ class _Call:
     def prepare(self, maps: list[Tensor], grad: Tensor | None = None, out: Tensor | None = None, delta=None):
         """``maps`` (query, key, value) and the gradient as cells."""
         cells = [_cells_of(m) for m in maps]
-        counts = [
-            0 if c is m else triton.cdiv(m.shape[1], CHANNELS) for c, m in zip(cells, maps, strict=True)
-        ]
+        counts = [0 if c is m else cdiv(m.shape[1], CHANNELS) for c, m in zip(cells, maps, strict=True)]
         grad_cells = maps[2] if grad is None else _cells_of(grad)
         grad, out = (maps[2] if v is None else v for v in (grad, out))
         total, wanted = self.height * self.width, delta is not None
@@ -441,7 +439,7 @@ class _Call:
         if rows:
             given = [*maps, grad, out]
             flat = all(v.stride(2) == self.width * v.stride(3) for v in given)
-            prepare[(self.batch * triton.cdiv(total, PIXELS), rows)](
+            prepare[(self.batch * cdiv(total, PIXELS), rows)](
                 *map(_map, given), *cells, grad_cells, grad_cells if delta is None else delta, total, self.width,
                 self.d, self.e, *counts, DELTA=wanted, COPY=copy, FLAT=flat,
                 ACC=tl.float64 if self.dtype == torch.float64 else tl.float32,
@@ -451,7 +449,7 @@ class _Call:
 
     def config(self, tiles: Tiles, n: int, column: bool, needed: tuple[bool, bool] | None) -> Config:
         def at_most(size: int, needed: int) -> int:
-            return max(16, min(size, triton.next_power_of_2(needed)))
+            return max(16, min(size, next_power_of_2(needed)))
 
         whole = needed is not None and n <= tiles.whole
         own = at_most(tiles.whole if whole else tiles.own, n)
@@ -478,7 +476,7 @@ def criss_cross(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
         for column, lines, n in call.passes():
             tiles = _tiles(FORWARD[call.tiles], n, value)
             c = call.config(tiles, n, column, None)
-            grid = (call.batch * lines * triton.cdiv(n, c.own), triton.cdiv(call.e, c.channels))
+            grid = (call.batch * lines * cdiv(n, c.own), cdiv(call.e, c.channels))
             forward_lines[grid](
                 q, k, v, part, _map(out), part_lse, lse, lines, n, call.d, call.e, c=c,
                 **options(tiles.warps, tiles.stages),
@@ -515,10 +513,10 @@ def criss_cross_backward(
         for column, lines, n in call.passes():
             tiles = _tiles(BACKWARD[call.tiles], n, value)
             c = call.config(tiles, n, column, (need_query, need_key))
-            blocks = triton.cdiv(call.d, c.wide) * (1 if c.whole else 2)
+            blocks = cdiv(call.d, c.wide) * (1 if c.whole else 2)
             first = 0 if scored else blocks
-            kinds = blocks + (triton.cdiv(call.e, c.channels) if need_value else 0) - first
-            backward_lines[(call.batch * lines * triton.cdiv(n, c.own), kinds)](
+            kinds = blocks + (cdiv(call.e, c.channels) if need_value else 0) - first
+            backward_lines[(call.batch * lines * cdiv(n, c.own), kinds)](
                 q, k, v, g, lse, lse if delta is None else delta, *parts, *map(_map, found), lines, n, first,
                 call.d, call.e, c=c, **options(tiles.warps, tiles.stages),
             )  # fmt: skip

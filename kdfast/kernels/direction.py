@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.direction import NORM_FLOOR
-from ._launch import on_device, options
+from ._launch import cdiv, next_power_of_2, on_device, options
 
 # Elements of one input that a program holds, half in float64 (the AOT tests see no register spilled), and its warps.
 # One warp needs no barrier to add up a row, and three inputs are enough bytes in flight.
@@ -145,7 +145,7 @@ def backward_rows(
 def _tile(rows: int, columns: int, acc: tl.dtype, tile: int, warps: int) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, its warps. Few rows per program: there are seldom many."""
     tile //= 2 if acc == tl.float64 else 1
-    bc = min(triton.next_power_of_2(max(columns, 16)), 1024, tile)
+    bc = min(next_power_of_2(max(columns, 16)), 1024, tile)
     br = max(1, min(tile // bc, 4 if rows <= 4096 else 16))
     return br, bc, warps if br * bc >= 1024 else min(warps, 2)
 
@@ -169,7 +169,7 @@ def direction(
     loss, total = student.new_empty((), dtype=dtype), student.new_empty((), dtype=dtype)
     factors = student.new_empty((rows, 3), dtype=dtype)
     br, bc, warps = _tile(rows, columns, acc, FORWARD_TILE, FORWARD_WARPS)
-    programs = triton.cdiv(rows, br)
+    programs = cdiv(rows, br)
     parts = student.new_empty((programs, 2), dtype=dtype)
     t = student if teacher is None else teacher
     with on_device(student):
@@ -206,7 +206,7 @@ def direction_backward(
     br, bc, warps = _tile(rows, columns, acc, BACKWARD_TILE, BACKWARD_WARPS)
     if rows and (need_student or need_teacher):
         with on_device(student):
-            backward_rows[(triton.cdiv(rows, br),)](
+            backward_rows[(cdiv(rows, br),)](
                 grad, total, factors, student, *student.stride(), t, *t.stride(), centers, *centers.stride(),
                 *_labels(labels, student), gs, *gs.stride(), gt, *gt.stride(),
                 rows, columns, centers.shape[0], ignore_index,

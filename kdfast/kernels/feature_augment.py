@@ -14,13 +14,12 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference._common import accumulator
 from ..reference.feature_augment import CHANNELS, CUTOUT, NOISE, WARP, Matrix
-from ._launch import on_device, options
+from ._launch import cdiv, next_power_of_2, on_device, options
 from .feature_augment_passes import pointwise, warp, warp_adjoint
 
 Box = tuple[int, int, int, int]
@@ -143,7 +142,7 @@ class _Call:
         noisy = p.deviation != 0 and not scatter
         elements, side, warps = NOISY if noisy else COPY
         elements //= 1 + self.wide
-        channels, pixels = triton.next_power_of_2(self.channels), max(4, triton.next_power_of_2(count))
+        channels, pixels = next_power_of_2(self.channels), max(4, next_power_of_2(count))
         if self.last:
             channels = min(channels, side)
             pixels = min(pixels, max(4, elements // channels))
@@ -151,7 +150,7 @@ class _Call:
             while pixels > side or (pixels > 64 and pixels - count % pixels > count // 8 and count % pixels):
                 pixels //= 2
             channels = min(channels, elements // pixels)
-        blocks, groups = triton.cdiv(count, pixels), triton.cdiv(self.channels, channels)
+        blocks, groups = cdiv(count, pixels), cdiv(self.channels, channels)
         pointwise[(self.batch * groups * blocks,)](
             *self.maps, self.table, self.channels, count, self.width, blocks, groups, p.first, self.numbers,
             *p.key, *(p.after or NOWHERE), p.moves, scatter, noisy, p.after is not None, p.noise_last,
@@ -161,14 +160,14 @@ class _Call:
     def _tile(self, contiguous: tuple, last: tuple):
         """steps, channels, rows, columns; tiles side by side, in all; groups of channels, warps"""
         channels, rows, columns, warps = last if self.last else contiguous
-        channels = max(1, min(channels, triton.next_power_of_2(self.channels)) // (1 + self.wide))
-        side, tiles = triton.cdiv(self.width, columns), triton.cdiv(self.height, rows)
+        channels = max(1, min(channels, next_power_of_2(self.channels)) // (1 + self.wide))
+        side, tiles = cdiv(self.width, columns), cdiv(self.height, rows)
         tiles *= side
-        groups = triton.cdiv(self.channels, channels)
+        groups = cdiv(self.channels, channels)
         steps = 1
         while steps < min(STEPS, groups) and self.batch * tiles * groups >= 2 * steps * PROGRAMS:
             steps *= 2
-        return (steps, channels, rows, columns), side, tiles, triton.cdiv(groups, steps), warps
+        return (steps, channels, rows, columns), side, tiles, cdiv(groups, steps), warps
 
     def warp(self, scatter: bool) -> None:
         p = self.part

@@ -11,11 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on_device, options
+from ._launch import cdiv, next_power_of_2, on_device, options
 from .logits_rows import backward_rows, finish, finish_rows, forward_rows
 
 DIST = 3
@@ -50,7 +49,7 @@ def _block(classes: int, most: int, wide: bool) -> dict[str, int]:
     most, share = (
         (most // 4, 64) if wide else (most, 256)
     )  # of a warp: float64's exponentials take many registers
-    block = min(most, max(16, triton.next_power_of_2(classes)))
+    block = min(most, max(16, next_power_of_2(classes)))
     return {"BLOCK": block, **options(max(1, min(8, block // share)))}
 
 
@@ -58,14 +57,14 @@ def _splits(c: _Call) -> tuple[int, int, dict[str, int]]:
     """Parts of a row in the forward, classes of a part, and the tile of :func:`forward_rows`."""
     size = 8 if c.wide else max(c.student.element_size(), c.teacher.element_size())
     steps, lanes, warps = FORWARD_TILE[size]
-    needed = max(16, triton.next_power_of_2(c.classes))
+    needed = max(16, next_power_of_2(c.classes))
     if needed < lanes:  # 128 logits and more for each warp
         lanes, warps = needed, max(1, min(warps, needed // 128))
     steps = max(1, min(steps, needed // lanes))
     block = steps * lanes
     most = min(PROGRAMS // max(c.rows, 1), c.classes // block)
     splits = 1 if most < 2 else 1 << (most.bit_length() - 1)
-    chunk = triton.cdiv(triton.cdiv(c.classes, splits), block) * block
+    chunk = cdiv(cdiv(c.classes, splits), block) * block
     return splits, chunk, {"STEPS": steps, "LANES": lanes, **options(warps)}
 
 
@@ -121,7 +120,7 @@ def logits(student: Tensor, teacher: Tensor, labels: Tensor | None, *settings: A
             finish_rows[(1,)](
                 c.student, c.teacher, c.labels, saved, values, loss, saved[-1:], c.shape_s, c.shape_t, c.rows,
                 c.classes, c.alpha, c.beta, c.inverse_t, c.ignore_index, SPLITS=splits,
-                ROWS=max(1, min(JOINED // splits, triton.next_power_of_2(c.rows))), **c.constants, **options(8),
+                ROWS=max(1, min(JOINED // splits, next_power_of_2(c.rows))), **c.constants, **options(8),
             )  # fmt: skip
             return loss, saved
         finish[(1,)](
@@ -153,7 +152,7 @@ def logits_backward(
             if c.kind == DIST:
                 _dist().backward(c, grad, saved, to, shape_to, is_teacher)
             else:
-                backward_rows[(c.rows, triton.cdiv(c.classes, block["BLOCK"]))](
+                backward_rows[(c.rows, cdiv(c.classes, block["BLOCK"]))](
                     grad, c.student, c.teacher, c.labels, saved, saved[-1:], to, c.shape_s, c.shape_t, shape_to,
                     c.classes, c.alpha, c.beta, c.inverse_t, c.ignore_index, teacher=is_teacher, **constants, **block,
                 )  # fmt: skip

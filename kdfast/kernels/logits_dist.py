@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import cdiv
 from .logits import _block, _Call
 from .logits_rows import LOWEST, _load, _pair, finish
 
@@ -280,12 +281,12 @@ def _options(classes: int, most: int, wide: bool) -> dict[str, Any]:
 def forward(c: _Call, loss: Tensor, saved: Tensor) -> None:
     """loss and saved [rows, 7], [5, K] and the share, of a call."""
     columns, share = saved[c.rows * 7 : -1], saved[-1:]
-    part_rows = max(PART_ROWS, triton.cdiv(c.rows, MOST_PARTS))
-    number = triton.cdiv(c.rows, part_rows)
+    part_rows = max(PART_ROWS, cdiv(c.rows, MOST_PARTS))
+    number = cdiv(c.rows, part_rows)
     values = saved.new_empty((c.rows + c.classes,))
     parts, counted = saved.new_empty((number, 5, c.classes)), saved.new_empty((number,))
     common = {"has_labels": c.constants["has_labels"], "acc": c.constants["acc"]}
-    blocks = triton.cdiv(c.classes, TILE_COLUMNS)
+    blocks = cdiv(c.classes, TILE_COLUMNS)
     if c.rows:
         dist_rows[(c.rows,)](
             c.student, c.teacher, c.labels, saved, values, c.shape_s, c.shape_t, c.classes, c.alpha, c.inverse_t,

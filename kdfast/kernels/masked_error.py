@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference._common import accumulator
-from ._launch import on_device, options
+from ._launch import cdiv, next_power_of_2, on_device, options
 
 ELEMENTS, WARPS = 2048, 4  # of a tile: 16 of each map in a thread
 PIXELS = 256  # of a tile at most, where pixels lie side by side; channels_last: so many channels
@@ -123,7 +123,7 @@ def _is_flat(x: Tensor) -> bool:
 def _tile(x: Tensor, wide: bool) -> tuple[int, int]:
     """Channels and pixels of a tile."""
     elements = ELEMENTS // (1 + wide)
-    channels, pixels = (triton.next_power_of_2(n) for n in (x.shape[1], x.shape[2] * x.shape[3]))
+    channels, pixels = (next_power_of_2(n) for n in (x.shape[1], x.shape[2] * x.shape[3]))
     if x.stride(1) == 1 and pixels > 1:
         channels = min(channels, PIXELS)
         return channels, min(pixels, elements // channels)
@@ -141,11 +141,9 @@ def _run(x: Tensor, y: Tensor, mask: Tensor, grad: Tensor | None, value: bool, g
     if not x.numel():
         return found.zero_() if value else None, out
     ch, px = _tile(x, dtype == torch.float64)
-    blocks, tiles = triton.cdiv(height * width, px), triton.cdiv(channels, ch)
-    steps = min(
-        triton.next_power_of_2(triton.cdiv(batch * blocks * tiles, PARTS)), triton.next_power_of_2(tiles)
-    )
-    groups = triton.cdiv(tiles, steps)
+    blocks, tiles = cdiv(height * width, px), cdiv(channels, ch)
+    steps = min(next_power_of_2(cdiv(batch * blocks * tiles, PARTS)), next_power_of_2(tiles))
+    groups = cdiv(tiles, steps)
     programs = batch * groups * blocks
     parts = x.new_empty(programs, dtype=dtype) if value else x
     with on_device(x):
@@ -155,7 +153,7 @@ def _run(x: Tensor, y: Tensor, mask: Tensor, grad: Tensor | None, value: bool, g
             _is_flat(x) and _is_flat(y) and _is_flat(out), acc, steps, ch, px, **options(WARPS),
         )  # fmt: skip
         if value:
-            block = min(FINISH_BLOCK, triton.next_power_of_2(max(programs, 128)))
+            block = min(FINISH_BLOCK, next_power_of_2(max(programs, 128)))
             finish[(1,)](parts, found, programs, x.numel(), acc, block, num_warps=FINISH_WARPS)
     return found, out
 
@@ -180,7 +178,7 @@ def scale(gradient: Tensor, grad: Tensor) -> Tensor:
     if gradient.numel():
         acc = tl.float64 if accumulator(gradient) == torch.float64 else tl.float32
         with on_device(gradient):
-            scale_in_place[(triton.cdiv(gradient.numel(), SCALE_BLOCK),)](
+            scale_in_place[(cdiv(gradient.numel(), SCALE_BLOCK),)](
                 gradient, grad, gradient.numel(), acc, SCALE_BLOCK, num_warps=SCALE_WARPS
             )
     return gradient
@@ -191,10 +189,10 @@ def area_mask(boxes: Tensor, height: int, width: int, multiplicity: int) -> Tens
     batch, number, _ = boxes.shape
     out = boxes.new_empty((batch, 1, height, width), dtype=torch.float32)
     if out.numel():
-        block = min(MASK_BLOCK, triton.next_power_of_2(height * width))
+        block = min(MASK_BLOCK, next_power_of_2(height * width))
         with on_device(boxes):
-            count_boxes[(batch, triton.cdiv(height * width, block))](
+            count_boxes[(batch, cdiv(height * width, block))](
                 boxes.contiguous(), out, number, height, width, multiplicity,
-                min(BOXES, triton.next_power_of_2(max(number, 1))), block, num_warps=4,
+                min(BOXES, next_power_of_2(max(number, 1))), block, num_warps=4,
             )  # fmt: skip
     return out

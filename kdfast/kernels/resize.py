@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.patch_gram import AVERAGES, Grid, resized_dtype
-from ._launch import on_device
+from ._launch import cdiv, next_power_of_2, on_device
 from ._zeros import tile
 
 BATCH, SPATIAL = (tl.constexpr(AVERAGES.index(name)) for name in ("batch", "spatial"))
@@ -265,9 +265,9 @@ def _launch(
     lies = "channels" if any(v.stride(1) == 1 and v.stride(3) != 1 for v in maps) else "pixels"
     channels, pixels, warps = tiles[lies, "channels" if grid.average == SPATIAL.value else "pixels"]
     adjoint = kernel is resize_adjoint
-    channels = min(channels, triton.next_power_of_2(max(v.shape[1] for v in maps)))
+    channels = min(channels, next_power_of_2(max(v.shape[1] for v in maps)))
     done = [v.shape[2] * v.shape[3] if adjoint else height * width for v in maps]
-    pixels = min(pixels, max(16, triton.next_power_of_2(max(done))))
+    pixels = min(pixels, max(16, next_power_of_2(max(done))))
     bilinear = grid.bilinear and not all(grid.fits(v) for v in maps)
     double = any(v.dtype == torch.float64 for v in matrices)
     wide = any(_wide(v, m, height, width) for v, m in zip(maps, matrices, strict=True))
@@ -280,7 +280,7 @@ def _launch(
         b, c, h, w = v.shape
         place = Map(v, *v.stride())
         sides.append((m, place, c, h, w) if adjoint else (place, c, h, w, m))
-        programs.append(b * triton.cdiv(c, channels) * triton.cdiv(count, pixels))
+        programs.append(b * cdiv(c, channels) * cdiv(count, pixels))
     with on_device(maps[0]):
         kernel[(sum(programs),)](
             *sides[0], *sides[-1], programs[0], maps[0].shape[0], height, width, config, num_warps=warps
