@@ -77,7 +77,7 @@ def test_blocks_of_groups(average: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 # Scaled up and down, up to where one pixel is read by hundreds; odd sizes and ones; no resize; maps larger than the grid.
 @pytest.mark.parametrize("average", range(3))
-@pytest.mark.parametrize("grid", [(2, 3, 3, 3), (1, 1, 2, 3), (3, 4, 2, 2), (16, 16, 1, 2)], ids=str)
+@pytest.mark.parametrize("grid", [(2, 3, 3, 3), (1, 1, 2, 3), (3, 4, 2, 2), (5, 6, 1, 2)], ids=str)
 def test_resize_and_its_adjoint(grid: tuple[int, ...], average: int) -> None:
     from kdfast.kernels.resize import map_gradients, patch_matrices
 
