@@ -22,6 +22,7 @@ Row = dict[str, Any]
 FLOOR = 4 * torch.finfo(torch.float32).eps
 MOST_COPIES, MOST_CALLS = 16, 8  # of the inputs in one CUDA graph, and in a row of calls from the host
 SHARE_OF_MEMORY = 0.6
+PAUSE = 20_000_000  # cycles of the device, about 10 ms
 
 
 def step(fn: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -237,14 +238,16 @@ def _time_gpu(timed: list[tuple[Provider, Row]], inputs: list[Tensor], seconds: 
         try:
             with provider.context():
                 graphs[provider.name] = _graph(provider.fn, sets)
-        except Exception as error:  # a host synchronisation, most often: it has no kernel time of its own
-            row["note"] = f"no CUDA graph: {type(error).__name__}: {error}".splitlines()[0][:200]
+        except Exception as error:  # it copies from the host, or waits for the device
+            row["note"] = f"timed without a CUDA graph: {type(error).__name__}: {error}".splitlines()[0][:200]
     share = seconds / rounds / max(len(timed), 1) / 2
     for _ in range(rounds):
         for provider, _row in timed:
             if provider.name in graphs:
                 kernel[provider.name] += [t / copies for t in _replay(graphs[provider.name][0], share)]
             with provider.context():
+                if provider.name not in graphs:
+                    kernel[provider.name] += _queued(provider.fn, sets[:MOST_CALLS], share)
                 wall[provider.name] += _wall_gpu(provider.fn, sets[:MOST_CALLS], share)
     for provider, row in timed:
         row["wall_ms"] = statistics.median(wall[provider.name]) * 1e3
@@ -286,6 +289,22 @@ def _replay(graph: torch.cuda.CUDAGraph, seconds: float) -> list[float]:
         stop.record()
         stop.synchronize()
         samples.append(start.elapsed_time(stop) / 1e3)
+        if time.perf_counter() >= end:
+            return samples
+
+
+def _queued(fn: Callable[..., Tensor], sets: Sequence[Sequence[Tensor]], seconds: float) -> list[float]:
+    """Seconds per call of work that is queued behind a pause, so that the host is ahead unless the call waits for the device."""
+    samples, end = [], time.perf_counter() + seconds
+    while True:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(PAUSE)
+        start.record()
+        for inputs in sets:
+            step(fn, inputs)
+        stop.record()
+        stop.synchronize()
+        samples.append(start.elapsed_time(stop) / 1e3 / len(sets))
         if time.perf_counter() >= end:
             return samples
 
