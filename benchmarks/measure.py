@@ -294,7 +294,7 @@ def _replay(graph: torch.cuda.CUDAGraph, seconds: float) -> list[float]:
 
 
 def _queued(fn: Callable[..., Tensor], sets: Sequence[Sequence[Tensor]], seconds: float) -> list[float]:
-    """Seconds per call of work that is queued behind a pause, so that the host is ahead unless the call waits for the device."""
+    """Seconds per call of work queued behind a pause: the host is ahead, unless the call waits for the device."""
     samples, end = [], time.perf_counter() + seconds
     while True:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
