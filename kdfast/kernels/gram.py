@@ -297,7 +297,7 @@ class _Call:
         parts = self._parts(splits, 2 * n * n, into)
         config = self._config(r0, r1, columns, 1, self.vx, self.vy, even=self.n == r0 + r1)
         args = (self.vx, self.vy, parts, parts.stride(1), n, dx, dy, splits, groups, config)
-        keep = (not ieee and (self.measured or r1 == 0)) or self.dtype == torch.float64
+        keep = (not ieee and (self.measured or r1 == 0 or self.pieces < 3)) or self.dtype == torch.float64
         gram_products.whole_grams[(splits * 2 * groups,)](*args, **options(warps, stages, keep=keep))
         return self._summed(parts, 2 * n * n, into)
 
