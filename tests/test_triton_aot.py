@@ -230,7 +230,8 @@ CASES = {
 @pytest.mark.parametrize("capability", aot.SHARED_LIMIT)
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_within_the_machine(case, capability, monkeypatch):
-    monkeypatch.setattr("kdfast.kernels.criss_cross.capability", lambda _: capability // 10)
+    for family in ("criss_cross", "gram"):
+        monkeypatch.setattr(f"kdfast.kernels.{family}.capability", lambda _: capability // 10)
     precision, call = CASES[case]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)

@@ -27,7 +27,7 @@ from ._launch import View, on_device, options, precision, view
 from .gram_products import Config
 
 # Triton 3.6, torch 2.11's: on Blackwell, for a loop that holds several products.
-PIPELINER_FAILS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+PIPELINER_FAILS = MEASURED_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 CKA, CKA_ROW, UNBIASED, ROW_COSINE, MEAN, DIFFERENCE = range(6)
 PROGRAMS, MAX_SPLITS, MIN_STEPS = 512, 64, 4
 # Rows that one program holds, by what multiplies them: TF32, float32 (its registers end there), float64
@@ -38,7 +38,8 @@ EXACT, ROUNDED = "bf16x6", "bf16x3"
 PIECES = {"bf16x3": 2, "bf16x6": 3}
 COMPARED_ROWS = 512  # rows of Grams that one program compares; larger Grams are compared by PyTorch
 ROW_TILES = {16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (64, 64)}
-# The same for products in pieces: two row tiles, columns, warps, stages
+# The same for products in pieces: two row tiles, columns, warps, stages. Measured on an H200 with Triton 3.6;
+# elsewhere (older tensor cores read operands from registers, other compilers allocate them otherwise), SPARE_*.
 WHOLE_TILES = {
     16: (16, 0, 128, 4, 3),
     32: (32, 0, 128, 4, 3),
@@ -55,10 +56,33 @@ APPLY_TILES = {
     96: (64, 32, 64, 4, 2),
     128: (128, 0, 64, 8, 2),
 }
+SPARE_WHOLE_TILES = {
+    16: (16, 0, 64, 4, 2),
+    32: (32, 0, 64, 4, 2),
+    64: (64, 0, 32, 4, 2),
+    80: (64, 16, 32, 8, 2),
+    96: (64, 32, 32, 8, 2),
+    128: (128, 0, 32, 8, 2),
+}
+SPARE_APPLY_TILES = {
+    16: (16, 0, 64, 4, 2),
+    32: (32, 0, 64, 4, 2),
+    64: (64, 0, 32, 4, 2),
+    80: (64, 16, 32, 8, 2),
+    96: (64, 32, 32, 8, 2),
+    128: (128, 0, 32, 8, 2),
+}
 # Products of more rows: rows of a tile, columns of a step, warps, stages
 PAIR_TILES = {16: (16, 128, 4, 3), 32: (32, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 3)}
+SPARE_PAIR_TILES = {16: (16, 64, 4, 2), 32: (32, 32, 4, 2), 64: (64, 32, 8, 2)}
 # Small matrices times a view of more rows: rows and columns of a tile, contracted elements of a step, warps, stages
-PAIR_APPLY_TILES = {16: (16, 128, 16, 4, 3), 32: (32, 128, 32, 4, 3), 64: (64, 64, 64, 4, 3), 128: (128, 128, 32, 8, 3)}
+PAIR_APPLY_TILES = {
+    16: (16, 128, 16, 4, 3),
+    32: (32, 128, 32, 4, 3),
+    64: (64, 64, 64, 4, 3),
+    128: (128, 128, 32, 8, 3),
+}
+SPARE_PAIR_APPLY_TILES = {16: (16, 64, 16, 4, 2), 32: (32, 64, 32, 4, 2), 64: (64, 64, 16, 8, 2)}
 
 
 def gram(
@@ -153,6 +177,11 @@ def _precision(*dtypes: torch.dtype) -> tuple[str, int]:
     return ("tf32", PIECES[found]) if found in PIECES else (found, 1)
 
 
+def capability(v: Tensor) -> int:
+    """Of the device's tensor cores; from 9 on they read operands from shared memory."""
+    return torch.cuda.get_device_capability(v.device)[0] if v.is_cuda else 9
+
+
 def _smallest(table: dict[int, tuple], rows: int) -> tuple:
     """The entry of the smallest tile that holds the rows, or of the largest."""
     return table[next((size for size in table if size >= rows), max(table))]
@@ -198,6 +227,9 @@ class _Call:
         if self.precision == "ieee":
             most = min(most, WHOLE_ROWS_DOUBLE if self.dtype == torch.float64 else WHOLE_ROWS_IEEE)
         self.whole = self.n <= most
+        # Rows that do not lie on 16 elements take more registers to load.
+        self.aligned = self.dx % 16 == self.dy % 16 == 0
+        self.measured = MEASURED_TRITON and capability(x) == 9 and self.aligned
 
     def products(self, saved: Tensor | None, fill: bool) -> tuple[Tensor | None, Tensor | None]:
         """K, L and (P P^T, Q Q^T, P Q^T), each [G, elements]: computed, or read from what a forward saved.
@@ -217,7 +249,9 @@ class _Call:
     def _config(self, rows0: int, rows1: int, columns: int, center: int, *views: View, **more) -> Config:
         acc = tl.float64 if self.dtype == torch.float64 else tl.float32
         flat = all(v.flat for v in views)
-        return Config(rows0, rows1, columns, center * self.centered, flat, acc, self.precision, self.pieces, **more)
+        return Config(
+            rows0, rows1, columns, center * self.centered, flat, acc, self.precision, self.pieces, **more
+        )
 
     def _columns(self, rows: int) -> int:
         """Columns of a tile of ``rows`` rows that is multiplied: what fits the registers, see the AOT
@@ -255,15 +289,16 @@ class _Call:
         if not self.whole:
             return self._pair_products(False, into)
         ieee = self.precision == "ieee"
-        r0, r1, columns, warps, stages = self._whole_tiles(WHOLE_TILES, 2 if ieee else 3)
+        r0, r1, columns, warps, stages = self._whole_tiles(
+            WHOLE_TILES if self.measured else SPARE_WHOLE_TILES, 2 if ieee else 3
+        )
         n, dx, dy, groups = self.n, self.dx, self.dy, self.groups
         splits = self._splits(2 * groups, max(dx, dy), columns)
         parts = self._parts(splits, 2 * n * n, into)
         config = self._config(r0, r1, columns, 1, self.vx, self.vy, even=self.n == r0 + r1)
         args = (self.vx, self.vy, parts, parts.stride(1), n, dx, dy, splits, groups, config)
-        gram_products.whole_grams[(splits * 2 * groups,)](
-            *args, **options(warps, stages, keep=not ieee or self.dtype == torch.float64)
-        )
+        keep = (not ieee and (self.measured or r1 == 0 or self.pieces < 3)) or self.dtype == torch.float64
+        gram_products.whole_grams[(splits * 2 * groups,)](*args, **options(warps, stages, keep=keep))
         return self._summed(parts, 2 * n * n, into)
 
     def _stages(self, stages: int) -> int:
@@ -281,7 +316,9 @@ class _Call:
         dx, dy = (self.contracted, self.contracted) if cross else (self.dx, self.dy)
         count = nx * nx + ny * ny + cross * nx * ny
         if self.pieces > 1:
-            tile, columns, warps, stages = _smallest(PAIR_TILES, max(nx, ny))
+            table = PAIR_TILES if self.measured and not cross and vx.flat and vy.flat else SPARE_PAIR_TILES
+            tile, columns, warps, stages = _smallest(table, max(nx, ny))
+            columns = columns if self.aligned else 16
         else:
             tile = self._pair_tile(max(nx, ny))
             columns, warps, stages = min(32, self._columns(tile)), 8 if tile == 64 else 4, 2
@@ -401,7 +438,9 @@ class _Call:
         first, sides = int(not need_x), need_x + need_y
         ieee = self.precision == "ieee"
         if factors is None and self.whole:
-            r0, r1, columns, warps, stages = self._whole_tiles(APPLY_TILES, 2)
+            r0, r1, columns, warps, stages = self._whole_tiles(
+                APPLY_TILES if self.measured else SPARE_APPLY_TILES, 2
+            )
             splits = self._splits(sides * self.groups, max(self.dx, self.dy), columns)
             config = self._config(r0, r1, columns, 1, self.vx, self.vy, ox, oy, even=self.n == r0 + r1)
             args = (self.vx, self.vy, ox, oy, small, self.n, self.dx, self.dy, splits, first, sides, config)
@@ -418,7 +457,9 @@ class _Call:
             ox, oy = ox.T, oy.T
         dx, dy = (self.contracted, self.contracted) if self.transposed else (self.dx, self.dy)
         if self.pieces > 1:
-            tile, columns, inner, warps, stages = _smallest(PAIR_APPLY_TILES, max(self.rows_x, self.rows_y))
+            both = small is not None and factors is not None
+            table = PAIR_APPLY_TILES if self.measured and not both else SPARE_PAIR_APPLY_TILES
+            tile, columns, inner, warps, stages = _smallest(table, max(self.rows_x, self.rows_y))
         else:
             tile = self._pair_tile(max(self.rows_x, self.rows_y))
             columns, inner, warps, stages = (32, 16, 8, 2) if ieee else (64, 32, 4, 2)

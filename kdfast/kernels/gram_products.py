@@ -16,7 +16,6 @@ import triton.language as tl
 from ..backend import interpreting
 from ._zeros import tile, vector
 
-
 INTERPRETED = tl.constexpr(interpreting())
 
 
