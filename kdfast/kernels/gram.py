@@ -10,7 +10,7 @@
 
 Launches where one program holds all rows: forward 2 (products, comparison; a sum between where columns are
 split), backward 2. Sizes are fixed by the shapes alone, so that results do not depend on the load. They aim
-at 512 programs, about four for each multiprocessor of a large GPU; columns are split into at most 64 parts,
+at 512 programs, about four for each multiprocessor of a large GPU; columns are split into at most 128 parts,
 because each part costs N^2 floats written and read again.
 """
 
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from ..reference import gram as reference
 from . import gram_compare, gram_products
-from ._launch import View, on_device, options, precision, view
+from ._launch import View, cdiv, next_power_of_2, on_device, options, precision, view
 from .gram_products import Config
 
 # Triton 3.6, torch 2.11's: on Blackwell, for a loop that holds several products.
 PIPELINER_FAILS = MEASURED_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 CKA, CKA_ROW, UNBIASED, ROW_COSINE, MEAN, DIFFERENCE = range(6)
-PROGRAMS, MAX_SPLITS, MIN_STEPS = 512, 64, 4
+PROGRAMS, MAX_SPLITS, MIN_STEPS = 512, 128, 4
 # Rows that one program holds, by what multiplies them: TF32, float32 (its registers end there), float64
 WHOLE_ROWS, WHOLE_ROWS_IEEE, WHOLE_ROWS_DOUBLE = 128, 80, 32
 # How products of float32 are made: "bf16x6" (as exact as float32), "bf16x3" (16 bits) on tensor cores, or any
@@ -182,6 +182,15 @@ def capability(v: Tensor) -> int:
     return torch.cuda.get_device_capability(v.device)[0] if v.is_cuda else 9
 
 
+def _by_stride(v: Tensor) -> tuple[int, ...]:
+    """The feature axes with the innermost in memory last: a comparison does not depend on the order of features."""
+    return tuple(sorted((3, 4, 5), key=lambda axis: (v.shape[axis] == 1, -v.stride(axis))))
+
+
+def _ordered(v: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return v if axes == (3, 4, 5) else v.permute(0, 1, 2, *axes)
+
+
 def _smallest(table: dict[int, tuple], rows: int) -> tuple:
     """The entry of the smallest tile that holds the rows, or of the largest."""
     return table[next((size for size in table if size >= rows), max(table))]
@@ -212,7 +221,10 @@ class _Call:
         self.precision, self.pieces = _precision(x.dtype, y.dtype)
         self.groups, self.n = x.shape[0], x.shape[1] * x.shape[2]
         self.dx, self.dy = (v.shape[3] * v.shape[4] * v.shape[5] for v in (x, y))
-        self.vx, self.vy = view(x), view(y)
+        self.order_x, self.order_y = _by_stride(x), _by_stride(y)
+        if inter and self.order_x != self.order_y:  # features of x meet those of y
+            self.order_x = self.order_y = (3, 4, 5)
+        self.vx, self.vy = view(_ordered(x, self.order_x)), view(_ordered(y, self.order_y))
         feature_elements = self.dx**2 + self.dy**2 + self.dx * self.dy
         self.workspace = feature_elements if feature_side else (3 if inter else 2) * (self.n + inter) ** 2
         # The row-normalised comparison has the same value on either side, and is implemented on one.
@@ -262,7 +274,7 @@ class _Call:
 
     def _splits(self, programs: int, columns: int, block: int) -> int:
         """How many programs share one sum over the columns."""
-        return max(1, min(PROGRAMS // max(programs, 1), triton.cdiv(columns, block) // MIN_STEPS, MAX_SPLITS))
+        return max(1, min(PROGRAMS // max(programs, 1), cdiv(columns, block) // MIN_STEPS, MAX_SPLITS))
 
     def _parts(self, splits: int, count: int, into: Tensor | None) -> Tensor:
         if splits == 1 and into is not None:
@@ -322,7 +334,7 @@ class _Call:
         else:
             tile = self._pair_tile(max(nx, ny))
             columns, warps, stages = min(32, self._columns(tile)), 8 if tile == 64 else 4, 2
-        tiles = triton.cdiv(max(nx, ny), tile)
+        tiles = cdiv(max(nx, ny), tile)
         programs = self.groups * (2 + cross) * tiles * tiles
         splits = self._splits(programs, max(dx, dy), columns)
         parts = self._parts(splits, count, into)
@@ -348,7 +360,7 @@ class _Call:
         """Means over n rows, counted from the first. Blocks are long along what usually lies contiguous."""
         if not self.centered:
             return self.x.new_empty(0, dtype=self.dtype), self.x.new_empty(0, dtype=self.dtype)
-        blocks = triton.cdiv(max(dx, dy), column_block)
+        blocks = cdiv(max(dx, dy), column_block)
         parts = self._splits(2 * self.groups * blocks, n, row_block)
         outs = [self.x.new_empty((parts, self.groups, d), dtype=self.dtype) for d in (dx, dy)]
         config = self._config(row_block, 0, column_block, 0, vx, vy)
@@ -360,7 +372,7 @@ class _Call:
 
     def _compare_tile(self) -> dict[str, int]:
         """Whole rows in blocks of at most 4096 elements: 16 of each Gram in every thread of 8 warps."""
-        width = max(16, triton.next_power_of_2(self.n))
+        width = max(16, next_power_of_2(self.n))
         rows = min(width, 4096 // width)
         return {"BN": width, "BR": rows, **options(max(1, width * rows // 512))}
 
@@ -434,7 +446,8 @@ class _Call:
         grad_x: Tensor, grad_y: Tensor, need_x: bool, need_y: bool,
     ) -> None:  # fmt: skip
         """Writes the gradients of the sides that need one: all terms in one launch."""
-        ox, oy = view(grad_x) if need_x else self.vx, view(grad_y) if need_y else self.vy
+        ox = view(_ordered(grad_x, self.order_x)) if need_x else self.vx
+        oy = view(_ordered(grad_y, self.order_y)) if need_y else self.vy
         first, sides = int(not need_x), need_x + need_y
         ieee = self.precision == "ieee"
         if factors is None and self.whole:
@@ -463,7 +476,7 @@ class _Call:
         else:
             tile = self._pair_tile(max(self.rows_x, self.rows_y))
             columns, inner, warps, stages = (32, 16, 8, 2) if ieee else (64, 32, 4, 2)
-        tiles, blocks = triton.cdiv(max(self.rows_x, self.rows_y), tile), triton.cdiv(max(dx, dy), columns)
+        tiles, blocks = cdiv(max(self.rows_x, self.rows_y), tile), cdiv(max(dx, dy), columns)
         terms = {"gram": small is not None, "cross": factors is not None, "inner": inner}
         config = self._config(tile, 0, columns, 1, self.px, self.py, ox, oy, **terms)
         gram_products.pair_apply[(sides * self.groups * tiles * blocks,)](
