@@ -39,6 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("feature_augment_backward", TORCH_BOX(&kd::feature_augment_backward_cpu));
   m.impl("gram", TORCH_BOX(&kd::gram_cpu));
   m.impl("gram_backward", TORCH_BOX(&kd::gram_backward_cpu));
+  m.impl("gram_with_gradient", TORCH_BOX(&kd::gram_with_gradient_cpu));
   m.impl("logits", TORCH_BOX(&kd::logits_cpu));
   m.impl("logits_backward", TORCH_BOX(&kd::logits_backward_cpu));
   m.impl("logits_with_gradient", TORCH_BOX(&kd::logits_with_gradient_cpu));

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_as_accurate, needs_extension
+from early_checks import called, check_early
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import kdfast
-from kdfast.ops.gram import gram
+from kdfast.ops import gram as module
+from kdfast.ops.gram import gram, gram_distance
 from kdfast.reference import gram as reference
 from kdfast.reference.gram import COMPARISONS
 
@@ -217,6 +219,148 @@ def test_opcheck(flags: tuple) -> None:
     products, distance, saved = torch.ops.kdfast.gram(x, y, *flags, True)
     arguments = (products, distance, x, y, saved, *flags, True, False)
     torch.library.opcheck(torch.ops.kdfast.gram_backward.default, arguments)
+
+
+EARLY_FLAGS = [f for f in FLAGS if not (f[4] and f[2])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "arguments"),
+    [
+        ((6, 9), {"inter_weight": 0.5}),
+        ((9, 6), {"inter_weight": 0.5}),  # more rows than features: transposed, weights exchanged
+        ((9, 6), {"layout": "columns", "compare": "cka_row", "centered": False}),
+        ((7, 3, 2, 5), {}),
+        ((7, 3, 5), {"compare": "unbiased"}),
+        ((8, 3), {}),  # feature side
+        ((7, 3, 2, 2), {"cosine": True}),
+        ((7, 5), {"compare": "row_cosine", "centered": False}),
+        ((7, 5), {"compare": "mean", "centered": False}),
+        ((2, 5, 3, 2), {"layout": "pixels", "compare": "difference", "centered": False, "cosine": True}),
+        ((9, 3, 3, 2), {"layout": "pixels", "compare": "difference", "centered": False, "cosine": True}),
+    ],
+    ids=str,
+)
+def test_early_gradient(monkeypatch, shape, arguments, dtype) -> None:
+    student, teacher = torch.randn(shape).to(dtype) + 0.5, torch.randn(shape).to(dtype)
+
+    def call(s: Tensor) -> Tensor:
+        return gram_distance(s, teacher.to(s.dtype), weight=-1.5, **arguments)
+
+    check_early(monkeypatch, "gram", call, student)
+    if dtype == torch.float32:
+        if len(shape) == 4:
+            check_early(monkeypatch, "gram", call, student.to(memory_format=torch.channels_last))
+        check_early(monkeypatch, "gram", call, student.transpose(0, 1).contiguous().transpose(0, 1))
+
+
+def check_early_op(student: Tensor, teacher: Tensor, layout: int, flags: tuple, weights: tuple) -> None:
+    """Loss and gradient of the op against the reference in float64, by the rule of check()."""
+    arguments = (layout, *flags, *weights)
+    loss, gradient = torch.ops.kdfast.gram_with_gradient(student, teacher, *arguments)
+    exact = module._reference_with_gradient(student.double(), teacher.double(), *arguments)
+    plain = module._reference_with_gradient(student, teacher, *arguments)
+    size = float(exact[1].abs().max())
+    floor = 2e-6 * size + 3e-7 * max(map(abs, weights)) / float(student.square().mean().sqrt())
+    floor += 3e-5 * size * flags[2]
+    assert_as_accurate(loss, exact[0], plain[0], 2e-6 * max(1.0, abs(float(exact[0]))), f"loss {flags}")
+    assert_as_accurate(gradient, exact[1], plain[1], floor, f"gradient {flags}")
+
+
+@pytest.mark.parametrize("kind", ["plain", "mean", "converged"])
+@pytest.mark.parametrize("flags", EARLY_FLAGS, ids=str)
+def test_early_gradient_matches_reference(flags: tuple, kind: str) -> None:
+    for shape in ((5, 7), (33, 17), (130, 90), (12, 3, 5, 7), (33, 2100)):
+        if flags[3] and len(shape) > 2:
+            continue
+        student, teacher = torch.randn(shape), torch.randn(shape)
+        # U-centring a Gram of large means loses digits in float32, in the op's two calls as well.
+        loses_digits = COMPARISONS[flags[0]] == "unbiased" and not flags[1]
+        if kind == "mean" and not loses_digits:
+            student, teacher = student + 30, teacher - 20
+        elif kind == "converged":
+            student = teacher + 1e-3 * torch.randn(shape)
+        check_early_op(student, teacher, 0, flags, (1.0, -2.0))
+        if len(shape) == 2:
+            check_early_op(student, teacher, 1, flags, (1.0, -2.0))
+        elif not flags[3]:
+            check_early_op(student, teacher, 2, flags, (1.0, 0.0))
+
+
+@pytest.mark.parametrize("flags", EARLY_FLAGS, ids=str)
+def test_early_gradient_is_that_of_two_calls(flags: tuple) -> None:
+    student, teacher = torch.randn(33, 17) + 30, torch.randn(33, 17) - 20
+    _, gradient = torch.ops.kdfast.gram_with_gradient(student, teacher, 0, *flags, 1.0, 1.0)
+    views = module.view(student, "samples"), module.view(teacher, "samples")
+    products, distance, saved = torch.ops.kdfast.gram(*views, *flags, False)
+    upstream = torch.zeros_like(products), torch.ones_like(distance)
+    wanted, _ = torch.ops.kdfast.gram_backward(*upstream, *views, saved, *flags, True, False)
+    torch.testing.assert_close(
+        gradient, wanted.view(student.shape), rtol=1e-5, atol=1e-6 * float(wanted.abs().max())
+    )
+
+
+def test_early_distance_of_nearly_equal_inputs() -> None:
+    """1e-8 of the norms, which a difference of products in float32 does not see."""
+    teacher = torch.randn(64, 40) + 3
+    student = (teacher + 1e-4 * torch.randn(64, 40)).requires_grad_()
+    found = gram_distance(student, teacher)
+    exact = gram_distance(student.detach().double(), teacher.double())
+    assert 0 < exact < 1e-7
+    torch.testing.assert_close(found.double().detach(), exact, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["constant", "zero", "same"])
+def test_early_gradient_of_degenerate_inputs(rows: int, kind: str) -> None:
+    y = torch.randn(rows, 6)
+    x = {"constant": torch.full_like(y, 0.1), "zero": torch.zeros_like(y), "same": y.clone()}[kind]
+    for flags in EARLY_FLAGS:
+        loss, gradient = torch.ops.kdfast.gram_with_gradient(x, y, 0, *flags, 1.0, 0.0)
+        view = module.view(x, "samples"), module.view(y, "samples")
+        _, distance, saved = torch.ops.kdfast.gram(*view, *flags, False)
+        torch.testing.assert_close(loss, distance[0, 0])
+        upstream = torch.zeros(1 + flags[3], 3, 1), torch.ones(1 + flags[3], 1)
+        upstream[1][1:] = 0
+        wanted, _ = torch.ops.kdfast.gram_backward(*upstream, *view, saved, *flags, True, False)
+        torch.testing.assert_close(gradient, wanted.view(x.shape))
+
+
+def test_early_gradient_does_not_depend_on_threads() -> None:
+    threads, cases = torch.get_num_threads(), []
+    for shape, flags in (((128, 100), FLAGS[0]), ((100, 128), (0, True, False, True, False))):
+        student, teacher, results = torch.randn(shape), torch.randn(shape), []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(torch.ops.kdfast.gram_with_gradient(student, teacher, 0, *flags, 1.0, 2.0))
+        cases.append(results)
+    torch.set_num_threads(threads)
+    for first, *others in cases:
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_teacher_gradient_takes_two_calls() -> None:
+    x, y = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    assert called(lambda: gram_distance(x, y).backward()) == ["gram", "gram_backward"]
+
+
+@pytest.mark.parametrize("flags", [FLAGS[0], next(f for f in FLAGS if f[3])], ids=str)
+def test_early_opcheck(flags: tuple) -> None:
+    x, y = torch.randn(6, 5), torch.randn(6, 5)
+    for student in (x, x.T.contiguous().T):
+        arguments = (student, y, 0, *flags, 1.0, 0.5)
+        torch.library.opcheck(torch.ops.kdfast.gram_with_gradient.default, arguments)
+
+
+def test_wrong_layouts_are_refused() -> None:
+    x, op = torch.randn(6, 5), torch.ops.kdfast.gram_with_gradient
+    with pytest.raises(RuntimeError, match="pixels need 4 axes"):
+        op(x, x, 2, *FLAGS[0], 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="share groups and rows"):
+        op(x, x[1:], 0, *FLAGS[0], 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="unknown layout"):
+        op(x, x, 3, *FLAGS[0], 1.0, 0.0)
 
 
 def test_wrong_views_are_refused() -> None:

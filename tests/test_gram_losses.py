@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from early_checks import called
 from torch import Tensor
 
 import kdfast
@@ -233,6 +234,20 @@ def test_channels_last_is_read_in_place(on_backend) -> None:
     close(loss.detach(), kdfast.CKALoss()(x, y))
     loss.backward()
     assert last.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the extension")
+def test_one_op_where_the_student_alone_learns() -> None:
+    samples, maps = torch.randn(6, 5), torch.randn(6, 4, 3, 2)
+    for loss, x in (
+        (kdfast.CKALoss(), maps),
+        (kdfast.LogitCKALoss(), samples),
+        (kdfast.SimilarityPreservingLoss(), maps),
+        (kdfast.GramMMDLoss(), samples),
+        (kdfast.PairwiseAffinityLoss(), maps),
+    ):
+        student = torch.randn_like(x).requires_grad_()
+        assert called(lambda loss=loss, s=student, t=x: loss(s, t).backward()) == ["gram_with_gradient"]
 
 
 def test_bad_input_is_named() -> None:

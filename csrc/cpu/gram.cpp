@@ -8,10 +8,9 @@
 
 namespace kd {
 
-GramFlags gram_flags(const Tensor& x, const Tensor& y, int64_t compare, bool centered, bool cosine,
-                     bool inter, bool feature_side) {
-  KD_CHECK(x.dim() == 6 && y.dim() == 6, "gram: x and y must be views [G, R1, R2, F1, F2, F3], got ", x.dim(),
-           " and ", y.dim(), " axes");
+namespace {
+
+void check_axes(const GramAxes& x, const GramAxes& y, bool inter) {
   for (int a = 0; a < 3; ++a) {
     KD_CHECK(x.size(a) == y.size(a), "gram: x and y must share groups and rows, axis ", a, " has ", x.size(a),
              " and ", y.size(a));
@@ -20,6 +19,15 @@ GramFlags gram_flags(const Tensor& x, const Tensor& y, int64_t compare, bool cen
     KD_CHECK(x.size(a) == y.size(a), "gram: inter needs equal features, axis ", a, " has ", x.size(a),
              " and ", y.size(a));
   }
+}
+
+}  // namespace
+
+GramFlags gram_flags(const Tensor& x, const Tensor& y, int64_t compare, bool centered, bool cosine,
+                     bool inter, bool feature_side) {
+  KD_CHECK(x.dim() == 6 && y.dim() == 6, "gram: x and y must be views [G, R1, R2, F1, F2, F3], got ", x.dim(),
+           " and ", y.dim(), " axes");
+  check_axes(x, y, inter);
   return gram_flags(compare, centered, cosine, inter, feature_side);
 }
 
@@ -49,6 +57,35 @@ Tensor empty(const Tensor& like, std::vector<int64_t> size, bool wide) {
 
 bool is_wide(const Tensor& x, const Tensor& y) {
   return x.scalar_type() == ScalarType::Double || y.scalar_type() == ScalarType::Double;
+}
+
+// Views of the inputs in their own shapes (kdfast/ops/gram.py): samples [N, ...], columns [N, K] whose rows
+// are K, pixels [B, C, H, W] whose rows are H W.
+enum class Layout : int { samples, columns, pixels };
+
+GramAxes axes_of(const Tensor& x, Layout layout) {
+  const int dim = static_cast<int>(x.dim());
+  switch (layout) {
+    case Layout::samples:
+      KD_CHECK(1 < dim && dim <= 4, "gram: samples need 2 to 4 axes, got ", dim);
+      return {x, {-1, 0, -1, dim > 3 ? 1 : -1, dim > 2 ? dim - 2 : -1, dim - 1}};
+    case Layout::columns:
+      KD_CHECK(dim == 2, "gram: columns need 2 axes, got ", dim);
+      return {x, {-1, 1, -1, -1, -1, 0}};
+    case Layout::pixels:
+      KD_CHECK(dim == 4, "gram: pixels need 4 axes, got ", dim);
+      return {x, {0, 2, 3, -1, -1, 1}};
+  }
+  KD_CHECK(false, "gram: unknown layout ", static_cast<int>(layout));
+}
+
+template <class A>
+void with_gradient(const GramAxes& x, const GramAxes& y, const GramAxes& gradient, const GramFlags& flags,
+                   const double (&weights)[2], Tensor& loss) {
+  const GramProblem<A> problem(
+      view_sides<A>(x, y, &gradient, nullptr, flags.inter || flags.feature_side, flags.feature_side),
+      x.size(0), flags);
+  *static_cast<A*>(loss.data_ptr()) = static_cast<A>(run_with_gradient(problem, weights));
 }
 
 }  // namespace
@@ -87,6 +124,25 @@ std::tuple<Tensor, Tensor> gram_backward_cpu(const Tensor& grad_products, const 
     run_backward(GramProblem<float>(x, y, flags, to_x, to_y), grad_products, grad_distance, saved);
   }
   return {grad_x, grad_y};
+}
+
+std::tuple<Tensor, Tensor> gram_with_gradient_cpu(const Tensor& student, const Tensor& teacher,
+                                                  int64_t layout, int64_t compare, bool centered, bool cosine,
+                                                  bool inter, bool feature_side, double weight,
+                                                  double inter_weight) {
+  const Workspaces::Call call;
+  const auto seen = static_cast<Layout>(layout);
+  const GramAxes x = axes_of(student, seen), y = axes_of(teacher, seen);
+  check_axes(x, y, inter);
+  const GramFlags flags = gram_flags(compare, centered, cosine, inter, feature_side);
+  Tensor gradient = new_gradient(student);
+  const bool wide = is_wide(student, teacher);
+  Tensor loss = empty(student, {}, wide);
+  const GramAxes written = axes_of(gradient, seen);
+  const double weights[2] = {weight, inter_weight};
+  wide ? with_gradient<double>(x, y, written, flags, weights, loss)
+       : with_gradient<float>(x, y, written, flags, weights, loss);
+  return {loss, gradient};
 }
 
 }  // namespace kd

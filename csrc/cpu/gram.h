@@ -76,8 +76,8 @@ struct GramKernels {
   // Comparison of two Grams: products[3] and the distance.
   double (*compare)(const CompareArgs<A>&, double* products);
   // Symmetric matrices gx, gy [n, ld] such that dX = gx X, dY = gy Y (centred X, Y); k and l as compare takes
-  // them.
-  void (*compare_backward)(const CompareArgs<A>&, A* gx, A* gy);
+  // them. distance: out, where it is not null.
+  void (*compare_backward)(const CompareArgs<A>&, A* gx, A* gy, double* distance);
   // Completes XX from its upper triangle.
   void (*mirror)(A* m, int64_t n, int64_t ld);
   double (*norm_sq)(const A* m, int64_t rows, int64_t columns, int64_t ld);

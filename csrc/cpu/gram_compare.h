@@ -206,11 +206,9 @@ double unit_distance(const CompareArgs<A>& c, const Products& p) {
   return d / 2;
 }
 
+// Of transformed Grams.
 template <class A>
-double compare(const CompareArgs<A>& c, double* products) {
-  const Scratch scratch(c.n);
-  const Products p = transform(c, scratch.data);
-  products[0] = p.xy, products[1] = p.xx, products[2] = p.yy;
+double distance_of(const CompareArgs<A>& c, const Products& p) {
   const double n = static_cast<double>(c.n);
   double d = 0;
   switch (c.compare) {
@@ -238,6 +236,14 @@ double compare(const CompareArgs<A>& c, double* products) {
       return d / (n * n);
   }
   __builtin_unreachable();
+}
+
+template <class A>
+double compare(const CompareArgs<A>& c, double* products) {
+  const Scratch scratch(c.n);
+  const Products p = transform(c, scratch.data);
+  products[0] = p.xy, products[1] = p.xx, products[2] = p.yy;
+  return distance_of(c, p);
 }
 
 // gx = alpha k + beta l (elementwise), all [n, ld].
@@ -317,8 +323,13 @@ void compare_backward_side(const CompareArgs<A>& c, const A* k, const A* l, doub
 }
 
 template <class A>
-void compare_backward(const CompareArgs<A>& c, A* gx, A* gy) {
+void compare_backward(const CompareArgs<A>& c, A* gx, A* gy, double* distance) {
   A* const sides[2] = {gx, gy};
+  const Scratch scratch(c.n);
+  const Products p = transform(c, scratch.data);
+  const bool aligned = c.compare <= Compare::unbiased;  // its gradient needs the distance
+  const double d = distance || aligned ? distance_of(c, p) : 0;
+  if (distance) *distance = d;
   if (c.centered && c.n <= 2) {
     for (A* g : sides) {
       for (int64_t i = 0; g && i < c.n; ++i) {
@@ -327,8 +338,6 @@ void compare_backward(const CompareArgs<A>& c, A* gx, A* gy) {
     }
     return;
   }
-  const Scratch scratch(c.n);
-  const Products p = transform(c, scratch.data);
   const double n = static_cast<double>(c.n);
   double own[2] = {4 * c.gxx, 4 * c.gyy}, cross[2] = {2 * c.gxy, 2 * c.gxy};
   const double norms_sq[2] = {p.xx, p.yy};
@@ -348,8 +357,8 @@ void compare_backward(const CompareArgs<A>& c, A* gx, A* gy) {
       const double g = c.centered ? 0 : 2 * c.gradient * (mean[s] - mean[1 - s]);
       own[s] = -g * mean[s] * inverse[s] * inverse[s], cross[s] = g * inverse[s] / n;
     }
-  } else if (c.compare != Compare::row_cosine && p.xx != 0 && p.yy != 0) {
-    const double similarity = 1 - unit_distance(c, p);
+  } else if (aligned && p.xx != 0 && p.yy != 0) {
+    const double similarity = 1 - d;
     for (int s = 0; s < 2; ++s) {
       own[s] += 2 * c.gradient * similarity / norms_sq[s];
       cross[s] -= 2 * c.gradient / (__builtin_sqrt(p.xx) * __builtin_sqrt(p.yy));

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 
 #include "common/check.h"
@@ -69,9 +70,7 @@ class GramProblem {
   // their features; else they are taken here.
   GramProblem(const Tensor& x, const Tensor& y, const GramFlags& flags, const Tensor* grad_x = nullptr,
               const Tensor* grad_y = nullptr, const std::shared_ptr<RowMeasures<A>>& measures = nullptr)
-      : GramProblem(
-            view_sides<A>(x, y, grad_x, grad_y, flags.inter || flags.feature_side, flags.feature_side),
-            x.size(0), flags, measures) {}
+      : GramProblem(sides_of(x, y, grad_x, grad_y, flags), x.size(0), flags, measures) {}
 
   GramProblem(GramSides<A> sides, int64_t groups, const GramFlags& flags,
               const std::shared_ptr<RowMeasures<A>>& measures = nullptr)
@@ -282,6 +281,14 @@ class GramProblem {
   }
 
  private:
+  static GramSides<A> sides_of(const Tensor& x, const Tensor& y, const Tensor* grad_x, const Tensor* grad_y,
+                               const GramFlags& flags) {
+    std::optional<GramAxes> to_x, to_y;
+    if (grad_x) to_x.emplace(*grad_x);
+    if (grad_y) to_y.emplace(*grad_y);
+    return view_sides<A>(x, y, to_x ? &*to_x : nullptr, to_y ? &*to_y : nullptr,
+                         flags.inter || flags.feature_side, flags.feature_side);
+  }
   bool scales_columns() const { return flags_.feature_side && flags_.cosine; }
   bool centers_rows() const { return flags_.centered && cross_; }
   int64_t tile_elements(int side) const { return padded_[side] * ld_[side] + ld_[side]; }

@@ -36,19 +36,9 @@ void run_forward(const GramProblem<A>& p, Tensor& products, Tensor& distance, co
   });
 }
 
-template <class A>
-void run_backward(const GramProblem<A>& p, const Tensor& grad_products, const Tensor& grad_distance,
-                  const Tensor& saved) {
-  const SavedGroups keep{saved, p.groups()};
-  check_saved(p, keep);
-  const auto mix_of = [&](int64_t g, A* matrices) {
-    return group_mix(p, g, matrices, grad_products, grad_distance);
-  };
-  const auto known = [&](int64_t g, A* matrices) {
-    if (!keep.has(g)) return false;
-    for_saved_rows(p, g, matrices, keep.row<A>(g), true);
-    return true;
-  };
+// Gradients from mix_of(group, matrices) of every group; known as for_matrices() takes it.
+template <class A, class M, class K>
+void write_mixed(const GramProblem<A>& p, const M& mix_of, const K& known) {
   if (p.groups() >= kManyGroups) {
     p.for_matrices(
         [&](int64_t g, A* matrices) {
@@ -61,9 +51,47 @@ void run_backward(const GramProblem<A>& p, const Tensor& grad_products, const Te
     return;
   }
   std::vector<GroupMix<A>> mixes(p.groups());
-  const auto keep_mix = [&](int64_t g, A* matrices) { mixes[g] = mix_of(g, matrices); };
-  keep.kept() ? for_saved_matrices(p, saved, keep_mix) : p.for_matrices(keep_mix);
+  p.for_matrices([&](int64_t g, A* matrices) { mixes[g] = mix_of(g, matrices); });
   write_gradients(p, mixes);
+}
+
+template <class A>
+void run_backward(const GramProblem<A>& p, const Tensor& grad_products, const Tensor& grad_distance,
+                  const Tensor& saved) {
+  const SavedGroups keep{saved, p.groups()};
+  check_saved(p, keep);
+  const auto known = [&](int64_t g, A* matrices) {
+    if (!keep.has(g)) return false;
+    for_saved_rows(p, g, matrices, keep.row<A>(g), true);
+    return true;
+  };
+  const auto mix_of = [&](int64_t g, A* matrices) {
+    return group_mix(p, g, matrices, grad_products, grad_distance);
+  };
+  if (p.groups() >= kManyGroups || !keep.kept()) return write_mixed(p, mix_of, known);
+  std::vector<GroupMix<A>> mixes(p.groups());
+  for_saved_matrices(p, saved, [&](int64_t g, A* matrices) { mixes[g] = mix_of(g, matrices); });
+  write_gradients(p, mixes);
+}
+
+// weights[0] * the mean over groups of the distance, and weights[1] * that of the inter term, whose gradient
+// is written.
+template <class A>
+double run_with_gradient(const GramProblem<A>& p, const double (&weights)[2]) {
+  const int terms = p.flags().inter ? 2 : 1;
+  const double groups = static_cast<double>(p.groups());
+  std::vector<double> distances(2 * p.groups());
+  const TermGradient term{0, 0, 0, weights[0] / groups}, inter{0, 0, 0, weights[1] / groups};
+  write_mixed(
+      p, [&](int64_t g, A* matrices) { return group_mix(p, g, matrices, term, inter, &distances[2 * g]); },
+      [](int64_t, A*) { return false; });
+  double loss = 0;
+  for (int t = 0; t < terms; ++t) {
+    double sum = 0;
+    for (int64_t g = 0; g < p.groups(); ++g) sum += distances[2 * g + t];
+    loss += weights[t] * (sum / groups);  // NaN of no groups, as a mean is
+  }
+  return loss;
 }
 
 }  // namespace kd

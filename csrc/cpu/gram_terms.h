@@ -159,9 +159,11 @@ class SideGrams {
 };
 
 template <class A>
-GroupMix<A> feature_mix(const GramProblem<A>& p, A* matrices, const TermGradient& g) {
+GroupMix<A> feature_mix(const GramProblem<A>& p, A* matrices, const TermGradient& g, double* distance) {
   const int64_t samples = p.features(0), ldx = p.padded(0), ldy = p.padded(1);
-  auto f = feature_term(p, matrices).gradient(p.flags().compare, static_cast<double>(samples), g);
+  const NormTerm term = feature_term(p, matrices);
+  if (distance) *distance = term.distance(p.flags().compare, static_cast<double>(samples));
+  auto f = term.gradient(p.flags().compare, static_cast<double>(samples), g);
   if (p.flags().centered && samples <= 2) f = {0, 0, 0};
   GroupMix<A> mix;
   if (p.wants(0)) {
@@ -178,13 +180,15 @@ GroupMix<A> feature_mix(const GramProblem<A>& p, A* matrices, const TermGradient
 // Intra: G1 X. Inter: own K Xr + cross M Yr. With the tile's last row, the column means, Xr = Xd + 1 mean^T.
 template <class A>
 GroupMix<A> pair_mix(const GramProblem<A>& p, int64_t group, A* matrices, const TermGradient& intra,
-                     const TermGradient& inter) {
+                     const TermGradient& inter, double* distances) {
   const int64_t n = p.view(0).rows, ld = p.padded(0);
   const PairTerms<A> terms(p, group, matrices);
+  if (distances) distances[1] = terms.inter.distance(p.flags().compare, static_cast<double>(p.features(0)));
   auto f = terms.inter.gradient(p.flags().compare, static_cast<double>(p.features(0)), inter);
   if (p.flags().centered && p.features(0) <= 2) f = {0, 0, 0};
   const SideGrams<A> g(p, n * ld);
-  p.kernels_table().compare_backward(arguments(p, terms.gram(0), terms.gram(1), intra), g.get(0), g.get(1));
+  p.kernels_table().compare_backward(arguments(p, terms.gram(0), terms.gram(1), intra), g.get(0), g.get(1),
+                                     distances);
   GroupMix<A> mix;
   for (int s : {0, 1}) {
     if (!p.wants(s)) continue;
@@ -201,13 +205,14 @@ GroupMix<A> pair_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
 // G X, and where rows were scaled to unit length first, its projection: u_i (Z_i - (x_i . Z_i) x_i) with Z =
 // G Xc.
 template <class A>
-GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const TermGradient& gradient) {
+GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const TermGradient& gradient,
+                     double* distance) {
   const int64_t n = p.view(0).rows, ld = p.padded(0);
   const SideGrams<A> sides(p, n * ld);
   Buffer<A> grams(p.flags().cosine ? p.matrix_elements() : 0);
   if (p.flags().cosine) std::memcpy(grams.get(), matrices, p.matrix_elements() * sizeof(A));
   p.kernels_table().compare_backward(arguments(p, p.xx(matrices), p.yy(matrices), gradient), sides.get(0),
-                                     sides.get(1));
+                                     sides.get(1), distance);
   GroupMix<A> mix;
   for (int s : {0, 1}) {
     if (!p.wants(s)) continue;
@@ -252,7 +257,16 @@ void for_saved_rows(const GramProblem<A>& p, int64_t g, A* matrices, A* saved, b
   p.keep_row_means(g, saved, load);
 }
 
-// The mix of any comparison, from gradients of products [terms, 3, groups] and distance [terms, groups].
+// The mix of any comparison. distances: out, of both terms, where it is not null.
+template <class A>
+GroupMix<A> group_mix(const GramProblem<A>& p, int64_t g, A* matrices, const TermGradient& term,
+                      const TermGradient& inter, double* distances = nullptr) {
+  if (p.flags().feature_side) return feature_mix(p, matrices, term, distances);
+  if (p.flags().inter) return pair_mix(p, g, matrices, term, inter, distances);
+  return gram_mix(p, g, matrices, term, distances);
+}
+
+// From gradients of products [terms, 3, groups] and distance [terms, groups].
 template <class A>
 GroupMix<A> group_mix(const GramProblem<A>& p, int64_t g, A* matrices, const Tensor& grad_products,
                       const Tensor& grad_distance) {
@@ -265,9 +279,7 @@ GroupMix<A> group_mix(const GramProblem<A>& p, int64_t g, A* matrices, const Ten
     return {product(0), product(1), product(2),
             gd[term * grad_distance.stride(0) + g * grad_distance.stride(1)]};
   };
-  if (p.flags().feature_side) return feature_mix(p, matrices, gradient_of(0));
-  if (p.flags().inter) return pair_mix(p, g, matrices, gradient_of(0), gradient_of(1));
-  return gram_mix(p, g, matrices, gradient_of(0));
+  return group_mix(p, g, matrices, gradient_of(0), p.flags().inter ? gradient_of(1) : TermGradient{});
 }
 
 // f(group, matrices) for every group of saved [G, ...], in parallel over groups.

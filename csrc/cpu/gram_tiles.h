@@ -57,14 +57,13 @@ struct GramSides {
   std::unique_ptr<TileSource<A>> inputs[2], gradients[2];
 };
 
-// Of tensors [G, R1, R2, F1, F2, F3]. together: both sides' features are multiplied with one another.
+// Of [G, R1, R2, F1, F2, F3]. together: both sides' features are multiplied with one another.
 template <class A>
-GramSides<A> view_sides(const torch::stable::Tensor& x, const torch::stable::Tensor& y,
-                        const torch::stable::Tensor* grad_x, const torch::stable::Tensor* grad_y,
+GramSides<A> view_sides(const GramAxes& x, const GramAxes& y, const GramAxes* grad_x, const GramAxes* grad_y,
                         bool together, bool transposed) {
-  const torch::stable::Tensor* all[2][2] = {{&x, grad_x}, {&y, grad_y}};
+  const GramAxes* all[2][2] = {{&x, grad_x}, {&y, grad_y}};
   GramSides<A> sides;
-  std::vector<const torch::stable::Tensor*> tensors;
+  std::vector<const GramAxes*> tensors;
   std::vector<std::unique_ptr<TileSource<A>>*> targets;
   const auto make = [&] {
     auto views = make_views(tensors, transposed);

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.gram import gram, transposed
+from ..ops.gram import gram, gram_distance, transposed, view
 from ..ops.patch_gram import patch_gram, row_inter_distance
 from ._common import Levels, Loss, check_choice, check_float, check_pair, describe, levels, total
 from ._patches import Average, PatchSize, Resize, check_maps, check_patches, grid_of
@@ -71,7 +71,7 @@ def linear_cka(
     Raises:
         ValueError, TypeError: inputs that are not float tensors with equally many samples on one device.
     """
-    return 1 - _distance(student, teacher, centered, row_norm, debiased)
+    return 1 - _distance(student, teacher, centered, row_norm, debiased, 1.0)
 
 
 def _comparison(row_norm: str, debiased: bool) -> tuple[str, bool]:
@@ -84,20 +84,12 @@ def _comparison(row_norm: str, debiased: bool) -> tuple[str, bool]:
     return ("unbiased" if debiased else "cka_row" if row_norm == "row" else "cka"), row_norm == "cosine"
 
 
-def _distance(student: Tensor, teacher: Tensor, centered: bool, row_norm: str, debiased: bool) -> Tensor:
+def _distance(
+    student: Tensor, teacher: Tensor, centered: bool, row_norm: str, debiased: bool, weight: float
+) -> Tensor:
     check_pair(student, teacher)
     compare, cosine = _comparison(row_norm, debiased)
-    _, distance = gram(
-        _samples(student), _samples(teacher), compare=compare, centered=centered, cosine=cosine
-    )
-    return distance.reshape(())  # unlike an index, its backward is a view
-
-
-def _samples(x: Tensor) -> Tensor:
-    """[N, ...] as a view [1, N, 1, features] with three feature axes; nothing is copied up to [N, C, H, W]."""
-    if x.dim() > 4:
-        x = x.flatten(3)
-    return x[(None, slice(None), None) + (None,) * (4 - x.dim())]
+    return gram_distance(student, teacher, compare=compare, centered=centered, cosine=cosine, weight=weight)
 
 
 class CKALoss(Loss):
@@ -123,10 +115,8 @@ class CKALoss(Loss):
         self.centered, self.row_norm, self.debiased = centered, row_norm, debiased
 
     def forward(self, student: Levels, teacher: Levels) -> Tensor:
-        terms = [
-            _distance(s, t, self.centered, self.row_norm, self.debiased) for s, t in levels(student, teacher)
-        ]
-        return self.weight * total(terms).float()
+        settings = (self.centered, self.row_norm, self.debiased, self.weight)
+        return total([_distance(s, t, *settings) for s, t in levels(student, teacher)]).float()
 
 
 class LogitCKALoss(Loss):
@@ -174,37 +164,51 @@ class LogitCKALoss(Loss):
         if self.temperature is not None:
             student = torch.softmax(student.float() / self.temperature, dim=1)
             teacher = torch.softmax(teacher.float() / self.temperature, dim=1)
-        return self.weight * pair_distance(
-            _samples(student),
-            _samples(teacher),
-            self.intra_weight,
-            self.inter_weight,
+        return pair_distance(
+            student,
+            teacher,
+            self.weight * self.intra_weight,
+            self.weight * self.inter_weight,
             self.centered,
             self.row_norm,
+            "samples",
         )
 
 
 def pair_distance(
-    student: Tensor, teacher: Tensor, intra_weight: float, inter_weight: float, centered: bool, row_norm: str
+    student: Tensor,
+    teacher: Tensor,
+    intra_weight: float,
+    inter_weight: float,
+    centered: bool,
+    row_norm: str,
+    layout: Literal["views", "samples"] = "views",
 ) -> Tensor:
-    """Weighted intra and inter distances of two views [G, R1, R2, F1, F2, F3], averaged over the groups: a scalar."""
+    """Weighted intra and inter distances of two views [G, R1, R2, F1, F2, F3], averaged over the groups: a scalar.
+
+    ``layout="samples"``: of logits [N, K].
+    """
     compare, cosine = _comparison(row_norm, False)
+    settings = {"compare": compare, "centered": centered, "cosine": cosine}
     if inter_weight and row_norm == "none":  # both terms in one call
-        _, distance = gram(student, teacher, compare=compare, centered=centered, cosine=cosine, inter=True)
-        intra, inter = distance.float().mean(1)
-        return intra_weight * intra + inter_weight * inter
+        weights = {"weight": intra_weight, "inter_weight": inter_weight}
+        return gram_distance(student, teacher, layout=layout, **settings, **weights).float()
     terms = []
     if intra_weight or not inter_weight:
-        _, distance = gram(student, teacher, compare=compare, centered=centered, cosine=cosine)
-        terms.append(intra_weight * distance.float().mean())
+        terms.append(gram_distance(student, teacher, layout=layout, **settings, weight=intra_weight).float())
     if inter_weight:
-        rows, features = student.shape[1:3].numel(), student.shape[3:].numel()
+        row_axes = slice(0, 1) if layout == "samples" else slice(1, 3)
+        rows, features = student.shape[row_axes].numel(), student.shape[row_axes.stop :].numel()
         if row_norm == "row" and features > rows:
-            distance = row_inter_distance(student, teacher, centered)
+            if layout == "samples":
+                student, teacher = view(student, layout), view(teacher, layout)
+            distance = inter_weight * row_inter_distance(student, teacher, centered).mean()
         else:
-            student, teacher = transposed(student), transposed(teacher)
-            _, distance = gram(student, teacher, compare=compare, centered=centered, cosine=cosine)
-        terms.append(inter_weight * distance.float().mean())
+            if layout == "views":
+                student, teacher = transposed(student), transposed(teacher)
+            turned = "columns" if layout == "samples" else layout
+            distance = gram_distance(student, teacher, layout=turned, **settings, weight=inter_weight)
+        terms.append(distance.float())
     return total(terms)
 
 
@@ -245,14 +249,13 @@ class RCKALoss(Loss):
 
 
 class _GramLoss(Loss):
-    """A comparison of the uncentred Grams over samples, summed over levels."""
+    """``weight`` times a comparison of the uncentred Grams over samples, summed over levels."""
 
     def _compare(self, student: Levels, teacher: Levels, compare: str) -> Tensor:
         terms = []
         for s, t in levels(student, teacher):
             check_pair(s, t)
-            _, distance = gram(_samples(s), _samples(t), compare=compare, centered=False)
-            terms.append(distance.reshape(()).float())
+            terms.append(gram_distance(s, t, compare=compare, centered=False, weight=self.weight).float())
         return total(terms)
 
 
@@ -288,7 +291,7 @@ class GramMMDLoss(_GramLoss):
     def forward(self, student: Levels, teacher: Levels) -> Tensor:
         compare = {"gram": "mean", "upper": "cka", "author": "row_cosine"}[self.kind]
         if self.patch_size is None:
-            return self.weight * self._compare(student, teacher, compare)
+            return self._compare(student, teacher, compare)
         terms = []
         for s, t in levels(student, teacher):
             check_maps(s, t, same_channels=self.average == "channel")
@@ -309,7 +312,7 @@ class SimilarityPreservingLoss(_GramLoss):
         super().__init__(weight)
 
     def forward(self, student: Levels, teacher: Levels) -> Tensor:
-        return self.weight * self._compare(student, teacher, "row_cosine")
+        return self._compare(student, teacher, "row_cosine")
 
 
 class PairwiseAffinityLoss(Loss):
@@ -334,7 +337,6 @@ class PairwiseAffinityLoss(Loss):
                     f"student and teacher need maps [B, C, H, W] of one size H x W, got student {describe(s)}, "
                     f"teacher {describe(t)}"
                 )
-            s, t = (v.permute(0, 2, 3, 1)[:, :, :, None, None] for v in (s, t))  # [B, H, W, 1, 1, C]
-            _, distance = gram(s, t, compare="difference", centered=False, cosine=True)
-            terms.append(distance.float().mean())
-        return self.weight * total(terms)
+            settings = {"compare": "difference", "centered": False, "cosine": True, "weight": self.weight}
+            terms.append(gram_distance(s, t, layout="pixels", **settings).float())
+        return total(terms)

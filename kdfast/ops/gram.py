@@ -1,4 +1,7 @@
-"""Op ``gram``: comparisons of batched strided (centred) Grams. Formulas and views: :mod:`kdfast.reference.gram`."""
+"""Op ``gram``: comparisons of batched strided (centred) Grams. Formulas and views: :mod:`kdfast.reference.gram`.
+
+On the CPU, where the student alone learns, the forward computes its gradient too: :func:`gram_distance`.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,15 @@ from ..kernels import gram_cuda
 from ..reference import gram as reference
 from ..reference._common import accumulator
 from ..reference.gram import COMPARISONS
-from . import _second
+from . import _early, _second
 from ._define import define, kernel, new_gradients, reference_gradients
 
 # Saved Grams may take this share of the inputs, or this many elements; above both the backward computes them again.
 SAVED_SHARE = 0.1
 SAVED_ELEMENTS = 1 << 20
+
+# What gram_distance sees as a view: samples [N, ...], columns [N, K] with rows K, pixels [B, C, H, W] with rows H W.
+LAYOUTS = ("samples", "columns", "pixels")
 
 
 def workspace_size(x: Tensor, y: Tensor, inter: bool, feature_side: bool) -> int:
@@ -99,6 +105,46 @@ define(
 )
 
 
+def view(x: Tensor, layout: str) -> Tensor:
+    """The view [G, R1, R2, F1, F2, F3] of a tensor in one of :data:`LAYOUTS`; up to four axes nothing is copied."""
+    if layout == "pixels":
+        return x.permute(0, 2, 3, 1)[:, :, :, None, None]
+    if layout == "columns":
+        return x.T[None, :, None, None, None]
+    if x.dim() > 4:
+        x = x.flatten(3)
+    return x[(None, slice(None), None) + (None,) * (4 - x.dim())]
+
+
+def _fake_with_gradient(student, teacher, *arguments):
+    return student.new_empty((), dtype=accumulator(student, teacher)), torch.empty_like(student)
+
+
+def _weighted(student, teacher, layout, compare, centered, cosine, inter, feature_side, *weights):
+    views = (view(v, LAYOUTS[layout]) for v in (student, teacher))
+    _, distance = reference.gram(*views, compare, centered, cosine, inter, feature_side)
+    means = distance.mean(1)
+    return weights[0] * means[0] + weights[1] * means[1] if inter else weights[0] * means[0]
+
+
+def _reference_with_gradient(student, *arguments):
+    loss = _weighted(student, *arguments)
+    one = torch.ones_like(loss)
+    return loss, *reference_gradients(lambda s: _weighted(s, *arguments), (student,), (True,), (one,))
+
+
+define(
+    "gram_with_gradient",
+    "(Tensor student, Tensor teacher, int layout, int compare, bool centered, bool cosine, bool inter,"
+    " bool feature_side, float weight, float inter_weight) -> (Tensor loss, Tensor gradient)",
+    _fake_with_gradient,
+    _reference_with_gradient,
+    None,
+)
+
+_with_gradient = torch.ops.kdfast.gram_with_gradient.default
+
+
 class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -142,9 +188,7 @@ def gram(
     ``most_saved`` elements (None: more than a share of the views and than a few MB).
     """
     n, dx, dy = _rows(x), _features(x), _features(y)
-    swap = (
-        inter and n > dx
-    )  # the transposed problem has the smaller Grams; its intra term is this one's inter term
+    swap = inter and n > dx  # the transposed problem has the smaller Grams; its terms are these exchanged
     if inter and x.shape[3:] != y.shape[3:]:
         x, y = (v.flatten(3)[..., None, None] for v in (x, y))
     if swap:
@@ -162,6 +206,55 @@ def gram(
         small = x.shape[0] * matrices <= most_saved
         products, distance = _Gram.apply(x, y, flags, small and not cosine, chosen == "triton")
     return (products.flip(0), distance.flip(0)) if swap else (products, distance)
+
+
+def gram_distance(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    layout: str = "samples",
+    compare: str = "cka",
+    centered: bool = True,
+    cosine: bool = False,
+    weight: float = 1.0,
+    inter_weight: float | None = None,
+) -> Tensor:
+    """``weight`` times the mean over groups of the distance, plus ``inter_weight`` times that of the inter term.
+
+    Args:
+        layout: how the inputs become views (:data:`LAYOUTS`); ``"views"``: they are.
+        inter_weight: None asks for no inter term. The rest: see :func:`gram`.
+    """
+    inter = inter_weight is not None
+    if _is_plain(student, teacher, layout, inter) and _early.wanted(student, teacher):
+        weights = (weight, inter_weight or 0.0)
+        if layout == "pixels":
+            n, dx, dy = student.shape[2] * student.shape[3], student.shape[1], teacher.shape[1]
+        elif layout == "columns":
+            n, dx, dy = student.shape[1], student.shape[0], teacher.shape[0]
+        else:
+            n = student.shape[0]
+            dx, dy = student.shape[1:].numel(), teacher.shape[1:].numel()
+            if inter and n > dx:  # as gram() does
+                layout, weights = "columns", weights[::-1]
+        feature_side = not inter and _feature_side_is_cheaper(n, dx, dy, compare, centered, cosine)
+        flags = (COMPARISONS.index(compare), centered, cosine, inter, feature_side)
+        settings = (LAYOUTS.index(layout), *flags, *weights)
+        return _early.loss(_with_gradient, _weighted, student, (teacher,), settings)
+    if layout != "views":
+        student, teacher = view(student, layout), view(teacher, layout)
+    _, distance = gram(student, teacher, compare=compare, centered=centered, cosine=cosine, inter=inter)
+    if not inter:
+        return weight * distance.mean()
+    of_rows, of_columns = distance.mean(1)
+    return weight * of_rows + inter_weight * of_columns
+
+
+def _is_plain(student: Tensor, teacher: Tensor, layout: str, inter: bool) -> bool:
+    """Whether both are views of the layout as they lie."""
+    if layout == "views":
+        return False
+    return student.dim() == teacher.dim() == 2 or (not inter and student.dim() <= 4 and teacher.dim() <= 4)
 
 
 def _unsupported(x: Tensor, y: Tensor, flags: tuple, name: str) -> str | None:
