@@ -150,17 +150,19 @@ class GramProblem {
   }
 
   // Calls f(group, matrices) with the complete matrices of every group, in parallel over groups. known(group,
-  // matrices): fills them if they were kept, of many groups some.
+  // matrices): fills them if they were kept, of many groups some. whole: else XX and YY may lack what lies
+  // below their diagonals.
   template <class F, class K>
-  void for_matrices(const F& f, const K& known) const {
+  void for_matrices(const F& f, const K& known, bool whole = true) const {
     if (groups_ >= kManyGroups) {
       parallel_for(0, groups_, 1, [&](int64_t begin, int64_t end) {
-        Buffer<A> matrices(elements_), tiles(tile_elements(0) + tile_elements(1));
+        Buffer<A> matrices(elements_);
         for (int64_t g = begin; g < end; ++g) {
           if (!known(g, matrices.get())) {
+            Buffer<A> tiles(tile_elements(0) + tile_elements(1));  // given back before f takes its own
             std::memset(matrices.get(), 0, elements_ * sizeof(A));
             accumulate(g, 0, 1, 0, 1, tiles.get(), matrices.get());
-            mirror(matrices.get());
+            if (whole) mirror(matrices.get());
           }
           f(g, matrices.get());
         }
@@ -193,14 +195,14 @@ class GramProblem {
           for (int64_t i = begin; i < end; ++i) sum[i] += from[i];
         }
       });
-      mirror(sum);
+      if (whole) mirror(sum);
       f(g, sum);
     }
   }
 
   template <class F>
-  void for_matrices(const F& f) const {
-    for_matrices(f, [](int64_t, A*) { return false; });
+  void for_matrices(const F& f, bool whole = true) const {
+    for_matrices(f, [](int64_t, A*) { return false; }, whole);
   }
 
   // One pass over the sides; adds to what earlier blocks of the features left in `m`.
@@ -247,6 +249,12 @@ class GramProblem {
     }
   }
 
+  // XX and YY hold only their upper triangles so far.
+  void mirror(A* matrices) const {
+    k_.mirror(xx(matrices), rows_[0], padded_[0]);
+    k_.mirror(yy(matrices), rows_[1], padded_[1]);
+  }
+
   // A gradient of one side: rows = own * its tile + other * the other side's tile + bias.
   struct Mix {
     A* own;    // packed [view rows, rows(side)]
@@ -258,11 +266,11 @@ class GramProblem {
   }
   int64_t chunks_of(int side) const { return ceil_div(view(side).features, chunk_[side]); }
   int64_t gradient_scratch(int side) const {
-    return tile_elements(0) + tile_elements(1) + padded_[side] * ld_[side];
+    return tile_elements(side) + (cross_ ? tile_elements(1 - side) : 0) + padded_[side] * ld_[side];
   }
 
   void write_gradient(int side, int64_t g, int64_t chunk, const Mix& m, A* scratch) const {
-    A *mine = scratch, *theirs = mine + tile_elements(side), *out = theirs + tile_elements(1 - side);
+    A *mine = scratch, *out = mine + tile_elements(side), *theirs = out + padded_[side] * ld_[side];
     const int64_t first = chunk * chunk_[side], count = std::min(chunk_[side], view(side).features - first);
     const int64_t n = view(side).rows, width = round_up(count, k_.lanes);
     pack(side, g, first, count, mine);
@@ -384,12 +392,6 @@ class GramProblem {
       }
     }
     if (measures_late_ && view(0).features) center_rows(g, sums, matrices);
-  }
-
-  // XX and YY hold only their upper triangles so far.
-  void mirror(A* matrices) const {
-    k_.mirror(xx(matrices), rows_[0], padded_[0]);
-    k_.mirror(yy(matrices), rows_[1], padded_[1]);
   }
 
   bool norms() const { return flags_.cosine && !flags_.feature_side; }

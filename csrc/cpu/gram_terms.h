@@ -124,6 +124,13 @@ void forward_group(const GramProblem<A>& p, int64_t g, A* matrices, A* to_produc
   }
 }
 
+// A mix that lies in memory of its owner's.
+template <class A>
+struct PlacedMix {
+  typename GramProblem<A>::Mix sides[2];
+  typename GramProblem<A>::Mix get(int side) const { return sides[side]; }
+};
+
 // What write_gradient needs for one group.
 template <class A>
 struct GroupMix {
@@ -237,24 +244,31 @@ GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
   return mix;
 }
 
-// Between saved [G, ...] and a group's padded matrices: XX and YY as rows of their upper triangles, XY whole
-// and with it what row means are known by.
-template <class A>
-void for_saved_rows(const GramProblem<A>& p, int64_t g, A* matrices, A* saved, bool load) {
-  const auto copy = [&](A* m, int64_t rows, int64_t columns, int64_t ld, bool triangle) {
+// f(a piece of a group's padded matrices, the same of `kept`, count): XX and YY as rows of their upper
+// triangles, XY whole. Returns where the pieces of `kept` end.
+template <class A, class F>
+A* for_kept_rows(const GramProblem<A>& p, A* matrices, A* kept, const F& f) {
+  const auto each = [&](A* m, int64_t rows, int64_t columns, int64_t ld, bool triangle) {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t first = triangle ? i : 0, count = columns - first;
-      A* row = m + i * ld + first;
-      std::memcpy(load ? row : saved, load ? saved : row, count * sizeof(A));
-      saved += count;
+      f(m + i * ld + first, kept, count);
+      kept += count;
     }
-    if (load && triangle) p.kernels_table().mirror(m, rows, ld);
   };
-  copy(p.xx(matrices), p.rows(0), p.rows(0), p.padded(0), true);
-  copy(p.yy(matrices), p.rows(1), p.rows(1), p.padded(1), true);
-  if (!p.cross()) return;
-  copy(p.xy(matrices), p.rows(0), p.rows(1), p.padded(1), false);
-  p.keep_row_means(g, saved, load);
+  each(p.xx(matrices), p.rows(0), p.rows(0), p.padded(0), true);
+  each(p.yy(matrices), p.rows(1), p.rows(1), p.padded(1), true);
+  if (p.cross()) each(p.xy(matrices), p.rows(0), p.rows(1), p.padded(1), false);
+  return kept;
+}
+
+// Between saved [G, ...] and a group's padded matrices; what row means are known by goes with XY.
+template <class A>
+void for_saved_rows(const GramProblem<A>& p, int64_t g, A* matrices, A* saved, bool load) {
+  saved = for_kept_rows(p, matrices, saved, [&](A* row, A* kept, int64_t count) {
+    std::memcpy(load ? row : kept, load ? kept : row, count * sizeof(A));
+  });
+  if (load) p.mirror(matrices);
+  if (p.cross()) p.keep_row_means(g, saved, load);
 }
 
 // The mix of any comparison. distances: out, of both terms, where it is not null.
@@ -295,16 +309,15 @@ void for_saved_matrices(const GramProblem<A>& p, const Tensor& saved, const F& f
   });
 }
 
-template <class A>
-void write_chunks(const GramProblem<A>& p, int side, int64_t g, const GroupMix<A>& mix, int64_t begin,
-                  int64_t end) {
+template <class A, class M>
+void write_chunks(const GramProblem<A>& p, int side, int64_t g, const M& mix, int64_t begin, int64_t end) {
   Buffer<A> scratch(p.gradient_scratch(side));
   for (int64_t c = begin; c < end; ++c) p.write_gradient(side, g, c, mix.get(side), scratch.get());
 }
 
 // Gradients of all groups, in parallel over groups and chunks.
-template <class A>
-void write_gradients(const GramProblem<A>& p, const std::vector<GroupMix<A>>& mixes) {
+template <class A, class M>
+void write_gradients(const GramProblem<A>& p, const std::vector<M>& mixes) {
   for (int s : {0, 1}) {
     const int64_t chunks = p.chunks_of(s);
     if (!p.wants(s) || !chunks) continue;

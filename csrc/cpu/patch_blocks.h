@@ -25,6 +25,8 @@ constexpr int64_t kBlockGroups = 8;
 constexpr int64_t kRowBytes = 1 << 19, kLeastRowBytes = 1 << 15, kRowShare = 64, kRowShareUnresized = 128;
 // Share of a resized map for the workspaces of threads that work on blocks of their own.
 constexpr int64_t kWorkspaceShare = 2, kWorkspaceShareUnresized = 8;
+// Share of maps that are not resized for those and the Grams of the blocks that threads work on.
+constexpr int64_t kApartShare = 16;
 
 struct PatchFlags {
   int64_t compare;
@@ -145,6 +147,15 @@ class Blocks {
            total_bytes() / share;
   }
 
+  // Whether the blocks of all threads are small beside maps that are read as they are.
+  bool blocks_fit(const Tensor* grad_x, const Tensor* grad_y) const {
+    if (x_.resized() || y_.resized() || sizes_.parts == 1) return true;
+    const auto bytes = [](const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); };
+    const int64_t grams = sizes_.groups * saved_size() * static_cast<int64_t>(sizeof(A));
+    const int64_t windows = (2 + (grad_x != nullptr) + (grad_y != nullptr)) * sizes_.bytes;
+    return num_threads() * (windows + grams) <= (bytes(like_) + bytes(other_)) / kApartShare;
+  }
+
   int64_t groups() const { return x_.groups(); }
   // Elements of the Grams of a group as the gram op saves them.
   int64_t saved_size() const {
@@ -192,7 +203,8 @@ class Blocks {
   void run(const F& f, Tensor* grad_x = nullptr, Tensor* grad_y = nullptr) const {
     const int64_t blocks = ceil_div(groups(), sizes_.groups), threads = num_threads();
     const bool adds = (grad_x && x_.adds(sizes_.groups)) || (grad_y && y_.adds(sizes_.groups));
-    const bool apart = !adds && blocks >= 2 * threads && window_fits(grad_x, grad_y);
+    const bool apart =
+        !adds && blocks >= 2 * threads && window_fits(grad_x, grad_y) && blocks_fit(grad_x, grad_y);
     const auto run_blocks = [&](int64_t first, int64_t last) {
       Window<A> mine(*this, grad_x, grad_y);
       for (int64_t b = first; b < last; ++b) {

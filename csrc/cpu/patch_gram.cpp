@@ -53,7 +53,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
   Tensor products = new_empty<A>(x, {terms, 3, groups}), distance = new_empty<A>(x, {terms, groups});
   const bool save = saved_groups > 0;
   Tensor saved = new_empty<A>(x, {saved_groups, save ? blocks.saved_size() : 0});
-  advise_huge_pages(saved.data_ptr(), saved.numel() * static_cast<int64_t>(sizeof(A)));
+  const int64_t saved_bytes = saved.numel() * static_cast<int64_t>(sizeof(A));
+  advise_huge_pages(saved.data_ptr(), saved_bytes);
+  const HugePagesUntilWritten written(saved.data_ptr(), saved_bytes);
   if (blocks.of_planes()) {
     run_forward(blocks.problem(nullptr, nullptr), products, distance, saved);
     return {products, distance, save ? saved : new_empty<A>(x, {0})};
@@ -179,6 +181,9 @@ std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, 
                     : gradients[s];
     if (adds) torch::stable::zero_(sums[s]);
   }
+  const auto bytes = [](const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); };
+  const HugePagesUntilWritten written_x(gradients[0].data_ptr(), bytes(gradients[0])),
+      written_y(gradients[1].data_ptr(), bytes(gradients[1]));
   Tensor *to_x = need_x ? &sums[0] : nullptr, *to_y = need_y ? &sums[1] : nullptr;
   if (wide) {
     backward<double>(grad_products, grad_distance, x, y, saved, grid, flags, at_once, to_x, to_y);

@@ -84,7 +84,7 @@ class Workspaces {
   }
 
  private:
-  static constexpr int64_t kLeastMapped = 1 << 18, kPage = 1 << 12, kFreeChanges = 64 * 16;
+  static constexpr int64_t kLeastMapped = 96 << 10, kPage = 1 << 12, kFreeChanges = 64 * 16;
   static constexpr int64_t kKept = 4 << 20;
 
 #ifdef __linux__

@@ -28,6 +28,8 @@ from .gram import gram, saved_size, workspace_size
 SAVED_SHARE_RESIZED = 0.55
 SAVED_SHARE_GPU = 0.55
 SAVED_SHARE = 0.04
+# With both terms, tiles and Grams of threads take that much of this many bytes; where less is left, a little is saved.
+UNSAVED_BYTES, LEAST_SAVED_SHARE = 12 << 20, 0.01
 SAVED_SHARE_SPATIAL = 0.02  # where a block is a row of pixels: 1 / patch_h of the groups
 # On a GPU a block of groups has resized copies of at most this size, of each map: few launches count more there.
 GPU_BLOCK_BYTES = 256 << 20
@@ -250,7 +252,10 @@ def patch_gram(
     else:
         nbytes = x.numel() * x.element_size() + y.numel() * y.element_size()
         share = SAVED_SHARE_SPATIAL if grid.average == SPATIAL else SAVED_SHARE
-        most_saved = int(share * nbytes / accumulator(x, y).itemsize)
+        most_bytes = share * nbytes
+        if inter:
+            most_bytes = max(LEAST_SAVED_SHARE * nbytes, most_bytes - share * UNSAVED_BYTES)
+        most_saved = int(most_bytes / accumulator(x, y).itemsize)
     _, n, dx = grid.matrices(x)
     swap = inter and (n < dx if transposed else n > dx)  # as in gram: the other problem has the smaller Grams
     transposed = transposed != swap
