@@ -244,9 +244,11 @@ def gram_distance(
     if layout != "views":
         student, teacher = view(student, layout), view(teacher, layout)
     _, distance = gram(student, teacher, compare=compare, centered=centered, cosine=cosine, inter=inter)
+    # Of one group: a launch less on a GPU than a mean, and than an index in the backward.
+    mean = distance.reshape(-1) if distance.shape[1] == 1 else distance.mean(1)
     if not inter:
-        return weight * distance.mean()
-    of_rows, of_columns = distance.mean(1)
+        return mean.reshape(()) if weight == 1 else weight * mean.reshape(())
+    of_rows, of_columns = mean
     return weight * of_rows + inter_weight * of_columns
 
 
