@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import queue
 import runpy
 import statistics
 import time
@@ -210,7 +211,7 @@ def main() -> None:
     while working and time.monotonic() < end + 10:
         try:
             row = shared[0].get(timeout=1)
-        except Exception:
+        except queue.Empty:
             working = min(working, sum(worker.is_alive() for worker in workers))
             continue
         if row is None:
