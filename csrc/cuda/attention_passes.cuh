@@ -224,6 +224,7 @@ __device__ void finish(const ErrorPlan& p) {
 template <class T, bool kThrough>
 __global__ void __launch_bounds__(kThreads) attention_errors(const __grid_constant__ ErrorPlan p) {
   constexpr int kV = kVector<T>;
+  constexpr int kLoads = kThrough && sizeof(T) == 2 ? kBatch<T> / 2 : kBatch<T>;  // registers end
   const Sizes& s = p.sizes;
   const int64_t chunk = blockIdx.x, image = blockIdx.y, block = image * s.chunks + chunk;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -240,11 +241,11 @@ __global__ void __launch_bounds__(kThreads) attention_errors(const __grid_consta
     const int64_t column = c + lane * kV;
 #pragma unroll
     for (int i = 0; i < kV; ++i) weights[i] = column + i < t.columns ? column_weights[column + i] : 0.0f;
-    for (int64_t r = warp; r < t.rows; r += kWarps * kBatch<T>) {
-      Vector<T> a[kBatch<T>] = {}, b[kBatch<T>] = {};
-      float weight[kBatch<T>] = {};
+    for (int64_t r = warp; r < t.rows; r += kWarps * kLoads) {
+      Vector<T> a[kLoads] = {}, b[kLoads] = {};
+      float weight[kLoads] = {};
 #pragma unroll
-      for (int k = 0; k < kBatch<T>; ++k) {
+      for (int k = 0; k < kLoads; ++k) {
         const int64_t row = r + k * kWarps;
         if (row >= t.rows) continue;
         load<T>(p.x, image, t.first_row + row, column, t.columns, a[k]);
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(kThreads) attention_errors(const __grid_consta
         weight[k] = row_weights[row];
       }
 #pragma unroll
-      for (int k = 0; k < kBatch<T>; ++k) {
+      for (int k = 0; k < kLoads; ++k) {
         const int64_t row = r + k * kWarps;
         float sum = 0;
 #pragma unroll

@@ -152,7 +152,7 @@ __global__ __launch_bounds__(32 * kRowWarps) void direction_gradient(Inputs<T, C
                                                                      const accumulator<T>* total,
                                                                      Rows<T> to_student, Rows<T> to_teacher) {
   using A = accumulator<T>;
-  constexpr int kCount = kPack<T>, kStep = 32 * kCount, kSteps = sizeof(T) == 2 ? 2 : 4;
+  constexpr int kCount = kPack<T>, kStep = 32 * kCount, kSteps = sizeof(T) == 2 ? 1 : 4;
   const int64_t row = row_of_warp();
   if (row >= in.rows) return;
   const A scale = *grad / *total;

@@ -12,15 +12,16 @@
 namespace kd::logits {
 namespace {
 
-constexpr int kMostWarps = kLargestBlock / 32;
+template <int kKind>
+constexpr int kSmallThreads = kKind == KD_LOGITS_DIST ? 512 : kLargestBlock;  // dist needs more registers
 constexpr int64_t kSmallRows = 1024, kSmallClasses = 1024, kSmallLogits = 1 << 18;
 constexpr int64_t kSmallColumns = 256;  // dist: a block has two tiles of them
 
 enum Phase : int { kRowPhase, kColumnPhase, kSumPhase };
 
 template <class T, int kKind>
-__global__ __launch_bounds__(kLargestBlock) void forward_small(Call<T> call, accumulator<T>* loss, int first,
-                                                               int last) {
+__global__ __launch_bounds__(kSmallThreads<kKind>, 1) void forward_small(Call<T> call, accumulator<T>* loss,
+                                                                         int first, int last) {
   if (first == kRowPhase) {
     const int64_t warps = blockDim.x / 32;
     for (int64_t row = blockIdx.x * warps + threadIdx.x / 32; row < call.rows; row += gridDim.x * warps) {
@@ -51,8 +52,9 @@ inline bool is_small(const kd_logits_problem& p) {
 template <class T, int kKind>
 cudaError_t launch_small(const Call<T>& call, accumulator<T>* loss, cudaStream_t stream) {
   constexpr auto kernel = forward_small<T, kKind>;
-  const int cluster = cluster_blocks<kernel>(kLargestBlock);
-  const int64_t each = (call.rows + cluster - 1) / cluster, warps = std::min<int64_t>(each, kMostWarps);
+  const int cluster = cluster_blocks<kernel>(kSmallThreads<kKind>);
+  const int64_t each = (call.rows + cluster - 1) / cluster,
+                warps = std::min<int64_t>(each, kSmallThreads<kKind> / 32);
   const dim3 threads(static_cast<unsigned>(32 * warps));
   const auto blocks = static_cast<unsigned>((call.rows + warps - 1) / warps);
   if (cluster > 1 || blocks == 1) {
