@@ -1,5 +1,10 @@
 """Variants of the op gram: precision, tiles, splits."""
 
+from kdfast.kernels.gram import APPLY_TILES as A
+from kdfast.kernels.gram import PAIR_APPLY_TILES as APPLY
+from kdfast.kernels.gram import PAIR_TILES as PAIR
+from kdfast.kernels.gram import WHOLE_TILES as W
+
 G = "kdfast.kernels.gram:"
 VARIANTS: list[dict] = []
 
@@ -49,22 +54,6 @@ add("tf32x3", P3N, {"EXACT": "tf32x3"}, family="pcka")
 add("ieee", A128, {"EXACT": "ieee"})
 
 # 128 rows: columns of a step; apply's columns and stages; splits
-W = {
-    16: (16, 0, 128, 4, 3),
-    32: (32, 0, 128, 4, 3),
-    64: (64, 0, 64, 4, 3),
-    80: (64, 16, 64, 4, 3),
-    96: (64, 32, 64, 4, 3),
-    128: (128, 0, 64, 8, 3),
-}
-A = {
-    16: (16, 0, 128, 4, 3),
-    32: (32, 0, 128, 4, 3),
-    64: (64, 0, 64, 4, 3),
-    80: (64, 16, 64, 4, 2),
-    96: (64, 32, 64, 4, 2),
-    128: (128, 0, 64, 8, 2),
-}
 add(
     "whole 128x32",
     A128,
@@ -99,8 +88,6 @@ add(
 )
 
 # More rows: tiles
-PAIR = {16: (16, 128, 4, 3), 32: (32, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 3)}
-APPLY = {16: (16, 128, 16, 4, 3), 32: (32, 128, 32, 4, 3), 64: (64, 64, 64, 4, 3), 128: (128, 128, 32, 8, 3)}
 add("pair 128x32 s4", BIG, {"PAIR_TILES": {**PAIR, 128: (128, 32, 8, 4)}})
 add("pair 64x64, 4 warps", BIG, {"PAIR_TILES": {64: (64, 64, 4, 3)}})
 add("apply 128x128x64 s2", BIG, {"PAIR_APPLY_TILES": {**APPLY, 128: (128, 128, 64, 8, 2)}})

@@ -64,14 +64,7 @@ SPARE_WHOLE_TILES = {
     96: (64, 32, 32, 8, 2),
     128: (128, 0, 32, 8, 2),
 }
-SPARE_APPLY_TILES = {
-    16: (16, 0, 64, 4, 2),
-    32: (32, 0, 64, 4, 2),
-    64: (64, 0, 32, 4, 2),
-    80: (64, 16, 32, 8, 2),
-    96: (64, 32, 32, 8, 2),
-    128: (128, 0, 32, 8, 2),
-}
+SPARE_APPLY_TILES = SPARE_WHOLE_TILES
 # Products of more rows: rows of a tile, columns of a step, warps, stages
 PAIR_TILES = {16: (16, 128, 4, 3), 32: (32, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 3)}
 SPARE_PAIR_TILES = {16: (16, 64, 4, 2), 32: (32, 32, 4, 2), 64: (64, 32, 8, 2)}
