@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "cpu/workspace.h"
 
 namespace py = pybind11;
 
@@ -51,4 +52,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "isa", [] { return kd::isa_name(kd::isa()); },
       "The instruction set that the CPU kernels use; raises if KDFAST_ISA asks for one that cannot run.");
+  m.def(
+      "release_workspaces", [] { kd::Workspaces::all().release(); },
+      "Gives back the few MB that the CPU kernels keep between calls.");
 }

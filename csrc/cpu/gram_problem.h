@@ -308,7 +308,9 @@ class GramProblem {
         groups_ < kManyGroups ? round_up(ceil_div(v.features, kTasks), k_.lanes) : kMaxChunk;
     const int64_t wanted =
         std::clamp<int64_t>(std::max(fit, kLongChunk), kMinChunk, std::clamp(share, kMinChunk, kMaxChunk));
-    return std::max<int64_t>(1, wanted / v.unit) * v.unit;
+    // Rows of a tile that are no longer than they need be lie close together.
+    const int64_t columns = std::min(wanted, round_up(v.features, k_.lanes));
+    return std::max<int64_t>(1, columns / v.unit) * v.unit;
   }
   // An odd number of cache lines spreads the rows of a tile over the sets of the L1 cache.
   int64_t tile_ld(int64_t columns) const {

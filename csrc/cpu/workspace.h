@@ -76,6 +76,12 @@ class Workspaces {
     return resized(found, bytes);
   }
 
+  // Gives back what is kept between calls.
+  void release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (calls_ == 0) drop(), takes_ = changes_ = 0;
+  }
+
   void give(const Block& block) {
     if (!kMaps || block.bytes < kLeastMapped) return std::free(block.data);
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -84,7 +90,7 @@ class Workspaces {
   }
 
  private:
-  static constexpr int64_t kLeastMapped = 96 << 10, kPage = 1 << 12, kFreeChanges = 64 * 16;
+  static constexpr int64_t kLeastMapped = 20 << 10, kPage = 1 << 12, kFreeChanges = 64 * 16;
   static constexpr int64_t kKept = 4 << 20;
 
 #ifdef __linux__
