@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +22,13 @@ def peak(call: Callable[[], object], device: torch.device) -> int | None:
     On a GPU: the allocator's own peak, exact. On Linux: the process's peak resident memory, which the
     kernel is told to forget just before, after freed memory was handed back to it. This sees every
     allocation, by Python, torch or C++, to about 0.3 MB: the kernel counts the pages of each thread in
-    batches, so this is the middle of five calls. kdfast's kept workspaces are given back before each; what
+    batches, so this is the middle of five calls, if they are short. kdfast's kept workspaces are given back before each; what
     other libraries keep from call to call (thread pools, packing buffers) is not counted, because ``call`` runs
     once before.
     """
+    start = time.perf_counter()
     call()
+    calls = 5 if time.perf_counter() - start < 1 else 1
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -38,8 +41,8 @@ def peak(call: Callable[[], object], device: torch.device) -> int | None:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError):
         return None
-    found = [_resident_peak(call, trim) for _ in range(5)]
-    return None if None in found else sorted(found)[2]
+    found = [_resident_peak(call, trim) for _ in range(calls)]
+    return None if None in found else sorted(found)[calls // 2]
 
 
 def _resident_peak(call: Callable[[], object], trim: Callable[[int], int]) -> int | None:
