@@ -19,12 +19,11 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def peak(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes by which the memory grew at most during ``call``; None where it cannot be measured.
 
-    On a GPU: the allocator's own peak, exact. On Linux: the process's peak resident memory, which the
-    kernel is told to forget just before, after freed memory was handed back to it. This sees every
-    allocation, by Python, torch or C++, to about 0.3 MB: the kernel counts the pages of each thread in
-    batches, so this is the middle of five calls, if they are short. kdfast's kept workspaces are given back before each; what
-    other libraries keep from call to call (thread pools, packing buffers) is not counted, because ``call`` runs
-    once before.
+    On a GPU: the allocator's own peak, exact. On Linux: the process's peak resident memory, which the kernel is
+    told to forget just before, after freed memory was handed back to it. This sees every allocation, by Python,
+    torch or C++, to about 0.3 MB: the kernel counts the pages of each thread in batches, so this is the middle of
+    five calls, if they are short. What kdfast keeps between calls is given back before each, and counted; what
+    other libraries keep (thread pools, packing buffers) is not, because ``call`` runs once before.
     """
     start = time.perf_counter()
     call()
