@@ -6,7 +6,6 @@ For machines where compiling takes most of the time, such as a GPU that is rente
 from __future__ import annotations
 
 import os
-import queue
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,13 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import crew
 from .case import Case
 from .ceilings import Ceilings
+from .crew import Shared
 from .measure import Prepared, Row, clock, prepare
 
 
 class Plan(NamedTuple):
-    """What every process is told. Times are on the clock of ``time.monotonic``, which they share."""
+    """What every process is told. Times are on the clock of ``time.monotonic``."""
 
     arguments: Sequence[str]  # of the command line: cases hold functions, so each process makes its own
     places: Sequence[int]  # in the list of cases, in the order in which they are taken
@@ -37,32 +38,10 @@ class Plan(NamedTuple):
 
 def run(plan: Plan, jobs: int) -> Iterator[tuple[list[Row], list[Row]]]:
     """Rows of each case as it is timed, and the kernels of its providers where the plan asks for them."""
-    context = torch.multiprocessing.get_context("spawn")
-    results, taken, ready = context.Queue(), context.Value("i", 0), context.Value("i", 0)
-    turn = context.Lock()
-    workers = [
-        context.Process(target=_work, args=(plan, jobs, results, taken, ready, turn), daemon=True)
-        for _ in range(jobs)
-    ]
-    for worker in workers:
-        worker.start()
-    working = jobs
-    while working:
-        try:
-            found = results.get(timeout=1)
-        except queue.Empty:
-            # A process that died (a kernel that ran over its memory takes the whole process) says nothing any more.
-            working = min(working, sum(worker.is_alive() for worker in workers))
-            continue
-        if found is None:
-            working -= 1
-        else:
-            yield found
-    for worker in workers:
-        worker.join(timeout=10)
+    yield from crew.run(_work, (plan,), jobs)
 
 
-def _work(plan: Plan, jobs: int, results: Any, taken: Any, ready: Any, turn: Any) -> None:
+def _work(shared: Shared, plan: Plan) -> None:
     from .__main__ import parse
     from .kernels import warm_up
 
@@ -72,21 +51,18 @@ def _work(plan: Plan, jobs: int, results: Any, taken: Any, ready: Any, turn: Any
     held: list[Prepared] = []
     if plan.profile and plan.device.type == "cuda":
         warm_up()
-    while (case := _next(plan, cases, taken)) is not None:
+    while (case := _next(plan, cases, shared.taken)) is not None:
         held.append(prepare(case, plan.device, plan.only))
         if plan.device.type == "cuda" and not healthy():
-            results.put((held.pop().rows, []))
+            shared.results.put((held.pop().rows, []))
             held.clear()
             break
-    with ready.get_lock():
-        ready.value += 1
-    while (ready.value < jobs and time.monotonic() < plan.prepared_by) or (plan.hold and plan.hold.exists()):
-        time.sleep(0.1)
+    shared.meet(plan.prepared_by, plan.hold)
     for prepared in held:
-        with turn:
+        with shared.turn:
             if time.monotonic() < plan.end:
-                results.put(_timed(plan, prepared))
-    results.put(None)
+                shared.results.put(_timed(plan, prepared))
+    shared.results.put(None)
 
 
 def _next(plan: Plan, cases: Sequence[Case], taken: Any) -> Case | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import queue
 import runpy
 import statistics
 import time
@@ -24,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import measure
+from . import crew, measure
 from .case import Case, providers
 from .cases import select
+from .crew import Shared
 from .jobs import healthy
 from .kernels import between_marks, mark, profiler, warm_up
 
@@ -120,26 +120,16 @@ class Held:
                 measure.step(self.provider.fn, self.inputs[0])
 
 
-def _work(
-    files: Sequence[Path],
-    hold: Path | None,
-    prepared_by: float,
-    end: float,
-    jobs: int,
-    results,
-    taken,
-    ready,
-    turn,
-) -> None:
+def _work(shared: Shared, files: Sequence[Path], hold: Path | None, prepared_by: float, end: float) -> None:
     groups = _grouped(variants(files))
     cases = {case.key: case for case in select()}
     held: list[Held] = []
     warm_up()
     for i, (key, group) in enumerate(groups.items()):
-        with taken.get_lock():
-            if i < taken.value or time.monotonic() > prepared_by:
+        with shared.taken.get_lock():
+            if i < shared.taken.value or time.monotonic() > prepared_by:
                 continue
-            taken.value = i + 1
+            shared.taken.value = i + 1
         inputs = cases[key].inputs(DEVICE)
         truth, bounds = measure._truth(cases[key], inputs, DEVICE)
         sets = measure._copies(inputs)
@@ -156,16 +146,13 @@ def _work(
         del truth
         if not healthy():  # nothing more works in this process; the others take what is left
             for one in held:
-                results.put(one.row)
+                shared.results.put(one.row)
             held.clear()
             break
-    with ready.get_lock():
-        ready.value += 1
-    while (ready.value < jobs and time.monotonic() < prepared_by) or (hold and hold.exists()):
-        time.sleep(0.05)
-    with turn:
+    shared.meet(prepared_by, hold)
+    with shared.turn:
         if not held:
-            return results.put(None)
+            return shared.results.put(None)
         timed = [one for one in held if one.ok and time.monotonic() < end]
         for one in timed:
             try:
@@ -184,8 +171,8 @@ def _work(
                 for name, us, count in kernels[:12]
             )
     for one in held:
-        results.put(one.row)
-    results.put(None)
+        shared.results.put(one.row)
+    shared.results.put(None)
 
 
 def main() -> None:
@@ -201,22 +188,9 @@ def main() -> None:
     options = parser.parse_args()
     start = time.monotonic()
     prepared_by, end = start + 60 * options.minutes * options.prepare, start + 60 * options.minutes
-    context = torch.multiprocessing.get_context("spawn")
-    shared = context.Queue(), context.Value("i", 0), context.Value("i", 0), context.Lock()
-    arguments = (options.files, options.hold, prepared_by, end, options.jobs, *shared)
-    workers = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(options.jobs)]
-    for worker in workers:
-        worker.start()
-    rows, working = [], options.jobs
-    while working and time.monotonic() < end + 10:
-        try:
-            row = shared[0].get(timeout=1)
-        except queue.Empty:
-            working = min(working, sum(worker.is_alive() for worker in workers))
-            continue
-        if row is None:
-            working -= 1
-            continue
+    arguments = (options.files, options.hold, prepared_by, end)
+    rows = []
+    for row in crew.run(_work, arguments, options.jobs, end + 10):
         rows.append(row)
         with options.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
@@ -224,8 +198,6 @@ def main() -> None:
             writer.writerows(
                 sorted(rows, key=lambda r: (r["family"], r["case"], r["dtype"], r["layout"], r["provider"]))
             )
-    for worker in workers:
-        worker.kill()
     print(f"{len(rows)} of {len(variants(options.files))} variants in {time.monotonic() - start:.0f} s")
 
 
