@@ -187,6 +187,8 @@ def gram(
     side (N x N Grams or D x D products) is chosen here. Backward computes Grams again that take more than
     ``most_saved`` elements (None: more than a share of the views and than a few MB).
     """
+    # U-centred Grams do not depend on the features' means, which would cost them digits.
+    centered = centered or compare == "unbiased"
     n, dx, dy = _rows(x), _features(x), _features(y)
     swap = inter and n > dx  # the transposed problem has the smaller Grams; its terms are these exchanged
     if inter and x.shape[3:] != y.shape[3:]:
@@ -226,6 +228,7 @@ def gram_distance(
         inter_weight: None asks for no inter term. The rest: see :func:`gram`.
     """
     inter = inter_weight is not None
+    centered = centered or compare == "unbiased"  # see gram()
     if _is_plain(student, teacher, layout, inter) and _early.wanted(student, teacher):
         weights = (weight, inter_weight or 0.0)
         if layout == "pixels":
