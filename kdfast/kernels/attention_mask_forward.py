@@ -11,6 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ._jit import jit
 from ._zeros import tile, vector
 from .attention_mask_passes import inside_tile, load_past, load_tile, number, pixel_count, store_terms, sum_of
 
@@ -91,7 +92,7 @@ def _joined(most, new, inverse):
     return both, tl.exp((most - both) * inverse), tl.exp((new - both) * inverse)
 
 
-@triton.jit(do_not_specialize=["batch", "blocks"])
+@jit(do_not_specialize=["batch", "blocks"])
 def pool_pair(
     x, y, absolute, compared, workspace, batch, channels, units, blocks, steps, temperature,
     c: tl.constexpr, o: tl.constexpr,
@@ -212,7 +213,7 @@ def _softmax_terms(stats, blocks, inverse, acc: tl.constexpr, BLOCK: tl.constexp
     return highest, tl.sum(total * share, 0), tl.sum(error * share, 0)
 
 
-@triton.jit(do_not_specialize=["batch", "blocks", "strips", "chunks"])
+@jit(do_not_specialize=["batch", "blocks", "strips", "chunks"])
 def masks(
     absolute, spatial_mask, kept, channel, channel_mask, workspace, loss, terms, batch, channels, units, blocks, strips,
     chunks, temperature, transfer_weight, masked_weight,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference._common import accumulator
+from ._jit import jit
 from ._launch import cdiv, next_power_of_2, on_device, options, precision
 from ._zeros import tile, vector
 
@@ -105,7 +106,7 @@ def _offset(m, pixels, width, FLAT: tl.constexpr):
     return pixels // width * m.line + pixels % width * m.position
 
 
-@triton.jit
+@jit
 def prepare(
     q, k, v, g, out, cells_q, cells_k, cells_v, cells_g, delta, total, width, d, e, q_blocks, k_blocks, v_blocks,
     DELTA: tl.constexpr, COPY: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
@@ -239,7 +240,7 @@ def _add(part, to, image, line, positions, cells, ok, channels, count, x, c: tl.
     _store(part, to, image, line, positions, cells, ok, channels, count, x, c)
 
 
-@triton.jit
+@jit
 def forward_lines(
     q, k, v, part, out, part_lse, lse, lines, n, d: tl.constexpr, e: tl.constexpr, c: tl.constexpr
 ):
@@ -334,7 +335,7 @@ def _score_gradient(
         _add(part, to, image, line, positions, at, ok, channels, d, acc, c)
 
 
-@triton.jit
+@jit
 def backward_lines(
     q,
     k,

@@ -9,6 +9,8 @@ belongs to a row is also had along the columns, without a transpose.
 import triton
 import triton.language as tl
 
+from ._jit import jit
+
 # Indices into kdfast.reference.gram.COMPARISONS
 CKA = tl.constexpr(0)
 CKA_ROW = tl.constexpr(1)
@@ -164,7 +166,7 @@ def _distance(k_ptr, l_ptr, n, stats, COMPARE: tl.constexpr, BN: tl.constexpr, B
     return tl.where((aa > 0) & (bb > 0), total / 2, 1.0), k_loss, l_loss
 
 
-@triton.jit(do_not_specialize=["groups", "n"])
+@jit(do_not_specialize=["groups", "n"])
 def compare(
     matrices,
     group_stride,
@@ -276,7 +278,7 @@ def _write_gradient(
                     tl.store(out + rows[:, None] * n + cols[None, :], tile - mean[None, :], ok)
 
 
-@triton.jit(do_not_specialize=["groups", "n", "need_x", "need_y"])
+@jit(do_not_specialize=["groups", "n", "need_x", "need_y"])
 def compare_backward(
     matrices,
     group_stride,
@@ -341,7 +343,7 @@ def _largest_diagonal(p, n, BLOCK: tl.constexpr):
     return tl.where(scale > 0, scale, 1.0)
 
 
-@triton.jit(do_not_specialize=["blocks", "nx", "ny"])
+@jit(do_not_specialize=["blocks", "nx", "ny"])
 def square_norms(matrices, group_stride, out, nx, ny, blocks, BLOCK: tl.constexpr):
     """Parts of |X Y^T|^2, |X X^T|^2, |Y Y^T|^2 of scaled matrices, and two scales: out [groups, blocks,
     5]."""
@@ -368,7 +370,7 @@ def _finished_norms(norms, g, blocks):
     return xy, xx, yy, tl.load(norms + g * blocks * 5 + 3), tl.load(norms + g * blocks * 5 + 4)
 
 
-@triton.jit(do_not_specialize=["groups", "samples", "blocks"])
+@jit(do_not_specialize=["groups", "samples", "blocks"])
 def compare_norms(norms, products, distance, groups, samples, blocks, COMPARE: tl.constexpr):
     """Per group 1 - |X Y^T|^2 / (|X X^T| |Y Y^T|), or the difference; norms: what square_norms wrote."""
     g = tl.program_id(0).to(tl.int64)
@@ -388,7 +390,7 @@ def compare_norms(norms, products, distance, groups, samples, blocks, COMPARE: t
     tl.store(distance + g, tl.maximum(value, 0.0))
 
 
-@triton.jit(do_not_specialize=["groups", "samples", "blocks"])
+@jit(do_not_specialize=["groups", "samples", "blocks"])
 def norm_factors(
     norms, grad_products, grad_distance, factors, groups, samples, blocks, COMPARE: tl.constexpr
 ):

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..backend import interpreting
+from ._jit import jit
 from ._zeros import tile, vector
 
 INTERPRETED = tl.constexpr(interpreting())
@@ -179,7 +180,7 @@ def _whole_gram(view, out, g, n, d, split, splits, c: tl.constexpr):
         _store(out, rows1 * n, rows1, ok1, ok1, _squared(k11, c))
 
 
-@triton.jit(do_not_specialize=["n", "splits", "groups"])
+@jit(do_not_specialize=["n", "splits", "groups"])
 def whole_grams(x, y, out, group_stride, n, dx, dy, splits, groups, c: tl.constexpr):
     """K and L where one program holds all rows (n <= rows0 + rows1): out [splits, groups, 2, n, n].
 
@@ -223,7 +224,7 @@ def _apply_whole(view, out, small, g, n, d, split, splits, c: tl.constexpr):
         _store(to, to0, to_col, ok0, cols < d, z0)
 
 
-@triton.jit(do_not_specialize=["n", "splits", "first", "sides"])
+@jit(do_not_specialize=["n", "splits", "first", "sides"])
 def whole_apply(x, y, out_x, out_y, small, n, dx, dy, splits, first, sides, c: tl.constexpr):
     """Gx Xc and Gy Yc, small [groups, 2, n, n] times a view, where one program holds all rows.
 
@@ -252,7 +253,7 @@ def _means_of(view, out, g, n, d, block, part, parts, c: tl.constexpr):
     tl.store(out + g * d + cols, total / n, ok)
 
 
-@triton.jit(do_not_specialize=["parts", "blocks", "groups"])
+@jit(do_not_specialize=["parts", "blocks", "groups"])
 def means(x, y, out_x, out_y, nx, ny, dx, dy, parts, blocks, groups, c: tl.constexpr):
     """Mean over rows of (row - first row) for each column: out [parts, groups, d], to be summed over
     parts."""
@@ -315,7 +316,7 @@ def _pair_square(a, mean, out, g, n, d, i, split, splits, c: tl.constexpr):
     _store(out, rows.to(tl.int64) * n, rows, ok, ok, _squared(acc, c))
 
 
-@triton.jit(do_not_specialize=["splits", "groups", "tiles"])
+@jit(do_not_specialize=["splits", "groups", "tiles"])
 def pair_products(
     x, y, mean_x, mean_y, out, group_stride, nx, ny, dx, dy, splits, groups, tiles, c: tl.constexpr
 ):
@@ -379,7 +380,7 @@ def _add_product(
     return acc
 
 
-@triton.jit(do_not_specialize=["first", "sides", "tiles", "blocks"])
+@jit(do_not_specialize=["first", "sides", "tiles", "blocks"])
 def pair_apply(
     x, y, out_x, out_y, small, mean_x, mean_y, matrices, group_stride, factors, cross_mean_x, cross_mean_y,
     nx, ny, dx, dy, first, sides, tiles, blocks, c: tl.constexpr
