@@ -18,14 +18,25 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import triton.compiler
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 COMPILER = shutil.which("gcc") or shutil.which("cc")
-SIZES = {"i1": 1, "i8": 1, "u1": 1, "u8": 1, "i16": 2, "u16": 2, "fp16": 2, "bf16": 2, "i32": 4, "u32": 4, "fp32": 4}
+SIZES = {
+    "i1": 1,
+    "i8": 1,
+    "u1": 1,
+    "u8": 1,
+    "i16": 2,
+    "u16": 2,
+    "fp16": 2,
+    "bf16": 2,
+    "i32": 4,
+    "u32": 4,
+    "fp32": 4,
+}
 
 
 class Launch(NamedTuple):
@@ -46,13 +57,20 @@ class _Last(ctypes.Structure):
     ]  # fmt: skip
 
 
+_numbers: dict[
+    tuple[str, bytes], int
+] = {}  # of kernels, whichever driver has them: Triton keeps what it compiled
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The driver; once it is loaded, whatever asks for libcuda.so.1 gets it."""
     folder = Path(tempfile.mkdtemp(prefix="fake-cuda-"))
     to = folder / "libcuda.so.1"
     source = Path(__file__).with_suffix(".c")
-    subprocess.run([COMPILER, "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", source, "-o", to], check=True)
+    subprocess.run(
+        [COMPILER, "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", source, "-o", to], check=True
+    )
     return ctypes.CDLL(str(to), mode=ctypes.RTLD_GLOBAL)
 
 
@@ -69,19 +87,18 @@ class Driver:
     """In the place of ``triton.runtime.driver.active``. ``stream`` and ``device`` are what is current."""
 
     def __init__(self) -> None:
-        self.library = library()
-        folder = Path(self.library._name).parent
-        with mock.patch.object(nvidia, "libcuda_dirs", return_value=[str(folder)]):
-            self._real_libraries = [nvidia.libdevice_dir, str(folder)]
         self.stream, self.device = 0, 0
-        self.compiled: dict[str, Compiled] = {}
-        with self.libraries():
-            self.utils = nvidia.CudaUtils()
+        folders = [nvidia.libdevice_dir, str(Path(library()._name).parent)]
+        self._folders = mock.patch.object(nvidia, "library_dirs", return_value=folders)
+        with self._folders:
+            self._utils = nvidia.CudaUtils()
 
-    @contextmanager
-    def libraries(self) -> Iterator[None]:
-        with mock.patch.object(nvidia, "library_dirs", return_value=self._real_libraries):
-            yield
+    @property
+    def utils(self) -> Driver:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._utils, name)
 
     def get_current_device(self) -> int:
         return self.device
@@ -92,21 +109,44 @@ class Driver:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
 
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024}
+
+    def launcher_cls(self, src: Any, metadata: Any) -> nvidia.CudaLauncher:
+        self._parameters = bytes([*_sizes(src.signature.values()), 8, 8])  # global and profile scratch
+        with self._folders:
+            return nvidia.CudaLauncher(src, metadata)
+
+    def load_binary(self, name: str, code: bytes = b"", *_: Any) -> tuple[int, int, int, int, int]:
+        """Module, function, registers, bytes spilled, most threads."""
+        number = _numbers.setdefault((name, code), len(_numbers) + 1)
+        if library().fake_sizes(ctypes.c_uint64(number), self._parameters, len(self._parameters)):
+            raise RuntimeError("the fake driver holds no more kernels")
+        return number, number, 32, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
     def compile(self, src: Any, target: GPUTarget, options: dict[str, Any], **_: Any) -> Compiled:
-        name = f"{src.fn.__module__}.{src.fn.__name__} {self.device} {src.signature} {src.constants} {src.attrs} {options}"
-        if name not in self.compiled:
-            with self.libraries():
-                self.compiled[name] = Compiled(self, len(self.compiled) + 1, name, src, options)
-        return self.compiled[name]
+        what = (
+            src.fn.__module__,
+            src.fn.__name__,
+            self.device,
+            src.signature,
+            src.constants,
+            src.attrs,
+            options,
+        )
+        return Compiled(self, repr(what), src, options)
 
     def last(self) -> Launch:
-        found = _Last.in_dll(self.library, "fake_last")
+        found = _Last.in_dll(library(), "fake_last")
         arguments = bytes(found.bytes[: found.size])
         return Launch(found.function, tuple(found.grid), found.threads, found.stream, arguments)
 
     @property
     def launches(self) -> int:
-        return _Last.in_dll(self.library, "fake_last").launches
+        return _Last.in_dll(library(), "fake_last").launches
 
 
 class Compiled(CompiledKernel):
@@ -114,32 +154,27 @@ class Compiled(CompiledKernel):
 
     module = run = None
 
-    def __init__(self, driver: Driver, number: int, name: str, src: Any, options: dict[str, Any]) -> None:
-        self.function, self.name, self.src = number, name, src
+    def __init__(self, driver: Driver, name: str, src: Any, options: dict[str, Any]) -> None:
+        self.name, self.src = name, src
+        _ = src.fn.cache_key  # which finds the globals that the kernel reads
         self.packed_metadata = (options["num_warps"], options["num_ctas"], 0)
         self.metadata = SimpleNamespace(
             num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
-            launch_cooperative_grid=False, launch_pdl=False, instrumentation_mode="", **self.packed(),
+            launch_cooperative_grid=False, launch_pdl=False, instrumentation_mode="",
         )  # fmt: skip
-        sizes = bytes([*_sizes(src.signature.values()), 8, 8])  # global and profile scratch
-        if driver.library.fake_sizes(ctypes.c_uint64(number), sizes, len(sizes)):
-            raise RuntimeError("the fake driver holds no more kernels")
-        self.run = nvidia.CudaLauncher(src, self.metadata)
+        self.run = driver.launcher_cls(src, self.metadata)
+        _, self.function, *_ = driver.load_binary(name)
 
-    def packed(self) -> dict[str, int]:
-        return {"num_warps": self.packed_metadata[0], "shared": 0}
-
-    def launch_metadata(self, grid: tuple[int, ...], stream: int, *args: Any) -> None:
-        if knobs.runtime.launch_enter_hook is None:
-            return None
-        return SimpleNamespace(get=lambda: {"name": self.name, "stream": stream})
+    def _init_handles(self) -> None:
+        pass
 
 
 @contextmanager
-def active() -> Iterator[Driver]:
-    """Triton launches on the fake driver."""
+def active(compiling: bool = False) -> Iterator[Driver]:
+    """Triton launches on the fake driver; without ``compiling`` it makes no code."""
     with ExitStack() as stack:
         fake = Driver()
         stack.enter_context(mock.patch.object(driver, "_active", fake))
-        stack.enter_context(mock.patch.object(triton.compiler, "compile", fake.compile))
+        if not compiling:
+            stack.enter_context(mock.patch.object(triton.compiler, "compile", fake.compile))
         yield fake

@@ -12,7 +12,7 @@ instrumentation settings, globals of a kernel that changed, other GPUs than NVID
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from inspect import Parameter
 from typing import Any
 
@@ -23,11 +23,13 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
+from triton.runtime.jit import KernelParam
 
-MOST_KEYS = 4096  # of a kernel; beyond, they start anew
-UNKNOWN: list = []  # cannot be part of a key: the launch is Triton's
-VALUES = (int, bool, str, tl.dtype, type(None))
+MOST_KEYS = 4096  # of arguments of the same types; beyond, they start anew
 MIN_INT, MAX_INT = -(2**31), 2**31 - 1
+COMPARED = frozenset(
+    (int, bool, str, tl.dtype, type(None))
+)  # types of which equal values are the same to Triton
 
 
 def jit(function: Callable | None = None, **options: Any) -> Any:
@@ -50,25 +52,31 @@ class Kernel:
     def __init__(self, kernel: JITFunction) -> None:
         self.triton, self.by_triton = kernel, 0
         self.__name__, self.__doc__ = kernel.__name__, kernel.__doc__
-        self._launch = _binder(kernel, self._launched)
+        self._bound = _binder(kernel, self._launch)
         self._driver: Any = None
-        self._found: dict[tuple, tuple[CompiledKernel, Callable, int, tuple, tuple]] = {}
+        # By the types of the arguments: the rest of the key, and what is compiled for each.
+        self._known: dict[tuple[type, ...], tuple[Callable, dict[tuple, tuple]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-        return partial(self._launch, grid)
+        return partial(self._bound, grid)
 
-    def _launched(self, grid: tuple[int, ...], key: tuple, args: tuple, options: dict[str, Any]) -> None:
+    def _launch(self, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
         active = driver.active
         if active is not self._driver:
-            self._driver, self._found = active, {}
+            self._driver, self._known = active, {}
         device = active.get_current_device()
-        key = (device, key, *options.items(), *map(type, options.values()))
+        kinds = tuple(map(type, args))
+        known = self._known.get(kinds)
+        if known is None:
+            known = self._known[kinds] = _key_of(self.triton.params, kinds), {}
+        key_of, compiled = known
         try:
-            found = self._found.get(key)
-        except TypeError:  # _UNKNOWN
-            found = key = None
+            key = key_of(device, args, options)
+            found = compiled.get(key)
+        except _Unknown:
+            key = found = None
         if found is None or type(grid) is not tuple or not self._usual() or not _holds(found[4]):
-            self._run(grid, key, args, options)
+            self._by_triton(grid, args, options, key, compiled)
             return
         _, run, function, metadata, _ = found
         size = len(grid)
@@ -77,17 +85,24 @@ class Kernel:
             function, metadata, None, None, None, *args,
         )  # fmt: skip
 
-    def _run(self, grid: tuple[int, ...], key: tuple | None, args: tuple, options: dict[str, Any]) -> None:
+    def _by_triton(
+        self,
+        grid: tuple[int, ...],
+        args: tuple,
+        options: dict[str, Any],
+        key: tuple | None,
+        to: dict[tuple, tuple],
+    ) -> None:
         self.by_triton += 1
         compiled = self.triton.run(*args, grid=grid, warmup=False, **options)
         if key is None or not isinstance(compiled, CompiledKernel) or not self._usual():
             return
-        if len(self._found) >= MOST_KEYS:
-            self._found.clear()
+        if len(to) >= MOST_KEYS:
+            to.clear()
         names = self.triton.used_global_vals.items()
-        used = tuple((scope, name, value) for (name, _), (value, scope) in names)
-        # Triton unloads a compiled kernel that nobody holds.
-        self._found[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, used
+        used = tuple((scope, name, scope.get(name)) for (name, _), (_, scope) in names)
+        # With the compiled kernel itself: Triton unloads one that nobody holds.
+        to[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, used
 
     def _usual(self) -> bool:
         """Nobody watches launches, nothing changes what is compiled."""
@@ -107,76 +122,91 @@ def _watched(hook: Any) -> bool:
 
 
 def _holds(used: tuple) -> bool:
-    """Whether globals are what they were; Triton refuses to launch otherwise."""
-    return all(scope.get(name) is value for scope, name, value in used)
+    """Whether globals that are compiled in are still the same objects; Triton refuses to launch if their values changed."""
+    for scope, name, value in used:  # noqa: SIM110 (a generator takes microseconds)
+        if scope.get(name) is not value:
+            return False
+    return True
 
 
-def _binder(kernel: JITFunction, launched: Callable) -> Callable:
-    """``launch(grid, *args, **options)`` with the kernel's parameters, which calls ``launched(grid, key, args, options)``."""
-    parameters, keys = [], []
-    scope = {"_launched": launched, "_Tensor": Tensor, "_float": float, "_constant": _constant, "_other": _other}
-    for p in kernel.params:
-        name, default = p.name, kernel.signature.parameters[p.name].default
-        if p.is_constexpr:
-            keys.append(f"{name} if type({name}) is int else _constant({name})")
+def _binder(kernel: JITFunction, launch: Callable) -> Callable:
+    """``bound(grid, *args, **options)`` with the parameters of the kernel, which calls ``launch(grid, args, options)``."""
+    scope = {"launch": launch}
+    parameters = []
+    for name, p in kernel.signature.parameters.items():
+        if p.default is Parameter.empty:
+            parameters.append(name)
         else:
-            # Where it is not specialised on, only the type that holds an integer counts.
-            integer = f"({MIN_INT} <= {name} <= {MAX_INT} or {name},)" if p.do_not_specialize else name
-            keys.append(
-                f"({name}.dtype, {name}.data_ptr() % 16 == 0) if type({name}) is _Tensor else {integer}"
-                f" if type({name}) is int else _float if type({name}) is _float else _other({name})"
-            )
-        if default is not Parameter.empty:
-            scope[f"_default_{name}"] = default
-        parameters.append(name if default is Parameter.empty else f"{name}=_default_{name}")
-    names = ", ".join(p.name for p in kernel.params)
-    source = (
-        f"def launch(_grid, {', '.join(parameters)}, **_options):\n"
-        f"    _launched(_grid, ({', '.join(keys)},), ({names},), _options)\n"
+            scope[f"default_{name}"] = p.default
+            parameters.append(f"{name}=default_{name}")
+    names = ", ".join(kernel.signature.parameters)
+    exec(f"def bound(_grid, {', '.join(parameters)}, **_options): launch(_grid, ({names},), _options)", scope)
+    return scope["bound"]
+
+
+class _Unknown(Exception):
+    """An argument is nothing that a key is made of."""
+
+
+def _key_of(params: list[KernelParam], kinds: tuple[type, ...]) -> Callable:
+    """``key(device, args, options)`` of arguments of these types."""
+    parts = ["device"]
+    for i, (p, kind) in enumerate(zip(params, kinds, strict=True)):
+        v = f"a{i}"
+        if issubclass(kind, tuple):
+            parts.append(f"constants({v})" if p.is_constexpr else f"fields({v})")
+        elif p.is_constexpr:
+            parts.append(v if kind in COMPARED else f"constant({v})")
+        elif kind is Tensor:
+            parts += [f"{v}.dtype", f"{v}.data_ptr() % 16 == 0"]
+        elif kind is int:  # where it is not specialised on, what matters is the type that holds it
+            parts.append(f"{MIN_INT} <= {v} <= {MAX_INT} or {v}" if p.do_not_specialize else v)
+        elif kind not in (float, bool, type(None)):
+            parts.append(f"constant({v})")
+    scope = {"constant": _constant, "constants": _constants, "fields": _fields}
+    exec(
+        f"def key(device, args, options):\n"
+        f"    {''.join(f'a{i}, ' for i in range(len(kinds)))}= args\n"
+        f"    return {', '.join(parts)}, *options.items(), *map(type, options.values())",
+        scope,
     )
-    exec(source, scope)
-    return scope["launch"]
+    return scope["key"]
 
 
-_plain: set[tuple[type, ...]] = set()  # types of the fields of tuples that may stand in a key as they are
-
-
-def _is_plain(kinds: tuple[type, ...]) -> bool:
-    if kinds in _plain:
-        return True
-    if all(k in VALUES for k in kinds):
-        _plain.add(kinds)
-        return True
-    return False
+@cache
+def _comparable(kinds: tuple[type, ...]) -> bool:
+    return COMPARED.issuperset(kinds)
 
 
 def _constant(v: Any) -> Any:
-    """Of a value that is compiled in: all of it. Types too, since True equals 1."""
-    kind = type(v)
-    if kind in VALUES:
-        return kind, v
+    if type(v) in COMPARED:
+        return v
+    if type(v) is float:
+        return v.hex()  # -0.0 equals 0.0
     if isinstance(v, tuple):
-        kinds = tuple(map(type, v))
-        return (kind, kinds, v) if _is_plain(kinds) else (kind, *map(_constant, v))
-    return (kind, v.hex()) if kind is float else UNKNOWN  # -0.0 equals 0.0
+        return _constants(v)
+    raise _Unknown
 
 
-def _other(v: Any) -> Any:
-    """Of an argument that is neither a tensor nor an integer nor a float by itself."""
-    kind = type(v)
-    if not isinstance(v, tuple):
-        return kind if v is None or kind is bool else UNKNOWN
-    kinds = tuple(map(type, v))
-    if kinds.count(float) == len(kinds):
-        return kind, kinds
-    if _is_plain(kinds):
-        return kind, kinds, v
-    if kinds[0] is Tensor and _is_plain(kinds[1:]):  # View
-        return kind, kinds, v[0].dtype, v[0].data_ptr() % 16 == 0, v[1:]
-    return kind, *map(_field, v)
+def _constants(v: tuple) -> tuple:
+    kinds = tuple(map(type, v))  # True equals 1
+    return (kinds, v) if _comparable(kinds) else (kinds, *map(_constant, v))
 
 
 def _field(v: Any) -> Any:
-    if type(v) is Tensor:
+    kind = type(v)
+    if kind is Tensor:
         return v.dtype, v.data_ptr() % 16 == 0
-    return (int, v) if type(v) is int else float if type(v) is float else _other(v)
+    if kind is float:
+        return None
+    return _fields(v) if isinstance(v, tuple) else _constant(v)
+
+
+def _fields(v: tuple) -> tuple:
+    """Of arguments that stand in a tuple, which all are specialised on."""
+    kinds = tuple(map(type, v))
+    if _comparable(kinds):
+        return kinds, v
+    if kinds[0] is Tensor and _comparable(kinds[1:]):  # View
+        return kinds, v[0].dtype, v[0].data_ptr() % 16 == 0, v[1:]
+    return kinds, *map(_field, v)
