@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import backend
 from ..reference._common import accumulator
 from ._jit import jit
-from ._launch import cdiv, next_power_of_2, on_device, options, precision
+from ._launch import capability, cdiv, next_power_of_2, on_device, options, precision
 from ._zeros import tile, vector
 
 
@@ -383,11 +383,6 @@ def backward_lines(
 
 def _map(x: Tensor) -> Map:
     return Map(x, *x.stride()) if x.dim() == 4 else Map(x, 0, 0, 0, 0)  # the latter: no gradient needed
-
-
-def capability(v: Tensor) -> int:
-    """Of the device's tensor cores; from 9 on they read operands from shared memory."""
-    return torch.cuda.get_device_capability(v.device)[0] if v.is_cuda else 9
 
 
 def _tiles(table: dict[int, Tiles], n: int, v: Tensor) -> Tiles:

@@ -16,6 +16,8 @@ because each part costs N^2 floats written and read again.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from ..reference import gram as reference
 from . import gram_compare, gram_products
-from ._launch import View, cdiv, next_power_of_2, on_device, options, precision, view
+from ._launch import MOST_SHAPES, View, capability, cdiv, next_power_of_2, on_device, options, precision, view
 from .gram_products import Config
 
 # Triton 3.6, torch 2.11's: on Blackwell, for a loop that holds several products.
@@ -170,18 +172,10 @@ def _precision(*dtypes: torch.dtype) -> tuple[str, int]:
     return ("tf32", PIECES[found]) if found in PIECES else (found, 1)
 
 
-def capability(v: Tensor) -> int:
-    """Of the device's tensor cores; from 9 on they read operands from shared memory."""
-    return torch.cuda.get_device_capability(v.device)[0] if v.is_cuda else 9
-
-
-def _by_stride(v: Tensor) -> tuple[int, ...]:
+@lru_cache(MOST_SHAPES)
+def _by_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The feature axes with the innermost in memory last: a comparison does not depend on the order of features."""
-    return tuple(sorted((3, 4, 5), key=lambda axis: (v.shape[axis] == 1, -v.stride(axis))))
-
-
-def _ordered(v: Tensor, axes: tuple[int, ...]) -> Tensor:
-    return v if axes == (3, 4, 5) else v.permute(0, 1, 2, *axes)
+    return tuple(sorted((3, 4, 5), key=lambda axis: (sizes[axis] == 1, -strides[axis])))
 
 
 def _smallest(table: dict[int, tuple], rows: int) -> tuple:
@@ -214,10 +208,10 @@ class _Call:
         self.precision, self.pieces = _precision(x.dtype, y.dtype)
         self.groups, self.n = x.shape[0], x.shape[1] * x.shape[2]
         self.dx, self.dy = (v.shape[3] * v.shape[4] * v.shape[5] for v in (x, y))
-        self.order_x, self.order_y = _by_stride(x), _by_stride(y)
+        self.order_x, self.order_y = (_by_stride(v.shape, v.stride()) for v in (x, y))
         if inter and self.order_x != self.order_y:  # features of x meet those of y
             self.order_x = self.order_y = (3, 4, 5)
-        self.vx, self.vy = view(_ordered(x, self.order_x)), view(_ordered(y, self.order_y))
+        self.vx, self.vy = view(x, self.order_x), view(y, self.order_y)
         feature_elements = self.dx**2 + self.dy**2 + self.dx * self.dy
         self.workspace = feature_elements if feature_side else (3 if inter else 2) * (self.n + inter) ** 2
         # The row-normalised comparison has the same value on either side, and is implemented on one.
@@ -307,7 +301,7 @@ class _Call:
         return self._summed(parts, 2 * n * n, into)
 
     def _stages(self, stages: int) -> int:
-        if PIPELINER_FAILS and self.x.is_cuda and torch.cuda.get_device_capability(self.x.device)[0] >= 10:
+        if PIPELINER_FAILS and capability(self.x) >= 10:
             return 1
         return stages
 
@@ -439,8 +433,8 @@ class _Call:
         grad_x: Tensor, grad_y: Tensor, need_x: bool, need_y: bool,
     ) -> None:  # fmt: skip
         """Writes the gradients of the sides that need one: all terms in one launch."""
-        ox = view(_ordered(grad_x, self.order_x)) if need_x else self.vx
-        oy = view(_ordered(grad_y, self.order_y)) if need_y else self.vy
+        ox = view(grad_x, self.order_x) if need_x else self.vx
+        oy = view(grad_y, self.order_y) if need_y else self.vy
         first, sides = int(not need_x), need_x + need_y
         ieee = self.precision == "ieee"
         if factors is None and self.whole:
