@@ -6,9 +6,10 @@ Tensors stay on the CPU. Kernels are not compiled: what would be is told apart a
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -65,12 +66,15 @@ _numbers: dict[
 @cache
 def library() -> ctypes.CDLL:
     """The driver; once it is loaded, whatever asks for libcuda.so.1 gets it."""
-    folder = Path(tempfile.mkdtemp(prefix="fake-cuda-"))
-    to = folder / "libcuda.so.1"
     source = Path(__file__).with_suffix(".c")
-    subprocess.run(
-        [COMPILER, "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", source, "-o", to], check=True
-    )
+    # A folder that stays: Triton keeps the launchers that it links with what lies there.
+    folder = source.parents[1] / "build" / f"fake-cuda-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    to, made = folder / "libcuda.so.1", folder / str(os.getpid())
+    if not to.exists():
+        options = ["-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run([COMPILER, *options, source, "-o", made], check=True)
+        made.replace(to)
     return ctypes.CDLL(str(to), mode=ctypes.RTLD_GLOBAL)
 
 
