@@ -1,4 +1,4 @@
-"""Triton backend of the op ``gram``: which kernels run, at which sizes. Kernels: gram_products, gram_compare.
+"""Triton backend of the op ``gram``: which kernels run, at which sizes. Kernels: gram_whole, _pairs, _compare and _norms.
 
 * Gram side: K = Xc Xc^T and L, compared as N x N matrices; the gradient is a small matrix times Xc. Up to 128
   rows (80 where products are float32) are held by one program, which centres them inside its tile and reads
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import gram as reference
-from . import gram_compare, gram_products
+from . import gram_compare, gram_norms, gram_pairs, gram_whole
 from ._launch import MOST_SHAPES, View, capability, cdiv, next_power_of_2, on_device, options, precision, view
 from .gram_products import Config
 
@@ -81,28 +81,13 @@ SPARE_PAIR_APPLY_TILES = {16: (16, 64, 16, 4, 2), 32: (32, 64, 32, 4, 2), 64: (6
 
 
 def gram(
-    x: Tensor,
-    y: Tensor,
-    compare: int,
-    centered: bool,
-    cosine: bool,
-    inter: bool,
-    feature_side: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, compare: int, centered: bool, cosine: bool, inter: bool, feature_side: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Implementation of ``kdfast::gram_triton``; :func:`kdfast.reference.gram.gram` says what it computes."""
     call = _Call(x, y, compare, centered, inter, feature_side)
     if cosine:
-        return gram(
-            _unit_rows(x, call.dtype),
-            _unit_rows(y, call.dtype),
-            compare,
-            centered,
-            False,
-            inter,
-            feature_side,
-            save,
-        )
+        units = [_unit_rows(v, call.dtype) for v in (x, y)]
+        return gram(*units, compare, centered, False, inter, feature_side, save)
     products = x.new_empty((1 + inter, 3, call.groups), dtype=call.dtype)
     distance = x.new_empty((1 + inter, call.groups), dtype=call.dtype)
     saved = x.new_empty((call.groups, call.workspace) if save else (0,), dtype=call.dtype)
@@ -112,24 +97,14 @@ def gram(
             if call.gram_side:
                 call.compare_grams(grams, products[0], distance[0])
             if call.transposed:
-                call.compare_transposed(transposed, products[-1], distance[-1])
+                gram_norms.compared(transposed, *call.transposed_sizes, products[-1], distance[-1])
     return products, distance, saved
 
 
 def gram_backward(
-    grad_products: Tensor,
-    grad_distance: Tensor,
-    x: Tensor,
-    y: Tensor,
-    saved: Tensor,
-    compare: int,
-    centered: bool,
-    cosine: bool,
-    inter: bool,
-    feature_side: bool,
-    need_x: bool,
-    need_y: bool,
-) -> tuple[Tensor, Tensor]:
+    grad_products: Tensor, grad_distance: Tensor, x: Tensor, y: Tensor, saved: Tensor,
+    compare: int, centered: bool, cosine: bool, inter: bool, feature_side: bool, need_x: bool, need_y: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Implementation of ``kdfast::gram_backward_triton``."""
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     grad_y = torch.empty_like(y) if need_y else y.new_empty(0)
@@ -158,7 +133,9 @@ def gram_backward(
         if use_grams:
             small = call.small_matrices(grams, grad_products[0], grad_distance[0], need_x, need_y)
         if use_transposed:
-            factors = call.factors(transposed, grad_products[-1], grad_distance[-1])
+            factors = gram_norms.factors(
+                transposed, *call.transposed_sizes, grad_products[-1], grad_distance[-1]
+            )
         call.apply(small, transposed, factors, grad_x, grad_y, need_x, need_y)
     return grad_x, grad_y
 
@@ -222,6 +199,7 @@ class _Call:
         self.px, self.py = (self.vx.T, self.vy.T) if self.feature_side else (self.vx, self.vy)
         self.rows_x, self.rows_y = (self.dx, self.dy) if self.feature_side else (self.n, self.n)
         self.contracted = self.n if self.feature_side else self.dx
+        self.transposed_sizes = (self.rows_x, self.rows_y, self.n, compare)
         most = WHOLE_ROWS
         if self.precision == "ieee":
             most = min(most, WHOLE_ROWS_DOUBLE if self.dtype == torch.float64 else WHOLE_ROWS_IEEE)
@@ -297,7 +275,7 @@ class _Call:
         config = self._config(r0, r1, columns, 1, self.vx, self.vy, even=self.n == r0 + r1)
         args = (self.vx, self.vy, parts, parts.stride(1), n, dx, dy, splits, groups, config)
         keep = (not ieee and (self.measured or r1 == 0 or self.pieces < 3)) or self.dtype == torch.float64
-        gram_products.whole_grams[(splits * 2 * groups,)](*args, **options(warps, stages, keep=keep))
+        gram_whole.whole_grams[(splits * 2 * groups,)](*args, **options(warps, stages, keep=keep))
         return self._summed(parts, 2 * n * n, into)
 
     def _stages(self, stages: int) -> int:
@@ -327,7 +305,7 @@ class _Call:
         parts = self._parts(splits, count, into)
         means = self._row_means() if cross else self._column_means()
         config = self._config(tile, 0, columns, 2 if cross else 1, vx, vy, cross=cross)
-        gram_products.pair_products[(splits * programs,)](
+        gram_pairs.pair_products[(splits * programs,)](
             vx, vy, *means, parts, parts.stride(1), nx, ny, dx, dy, splits, self.groups, tiles, config,
             **options(warps, self._stages(stages)),
         )  # fmt: skip
@@ -341,9 +319,7 @@ class _Call:
         """Of P and Q: [G, rows], [G, rows']."""
         return self._means(self.px.T, self.py.T, self.contracted, self.rows_x, self.rows_y, 64, 32)
 
-    def _means(
-        self, vx: View, vy: View, n: int, dx: int, dy: int, row_block: int, column_block: int
-    ) -> tuple[Tensor, Tensor]:
+    def _means(self, vx: View, vy: View, n: int, dx: int, dy: int, row_block: int, column_block: int):
         """Means over n rows, counted from the first. Blocks are long along what usually lies contiguous."""
         if not self.centered:
             return self.x.new_empty(0, dtype=self.dtype), self.x.new_empty(0, dtype=self.dtype)
@@ -351,7 +327,7 @@ class _Call:
         parts = self._splits(2 * self.groups * blocks, n, row_block)
         outs = [self.x.new_empty((parts, self.groups, d), dtype=self.dtype) for d in (dx, dy)]
         config = self._config(row_block, 0, column_block, 0, vx, vy)
-        gram_products.means[(blocks * parts * 2 * self.groups,)](
+        gram_pairs.means[(blocks * parts * 2 * self.groups,)](
             vx, vy, *outs, n, n, dx, dy, parts, blocks, self.groups, config, num_warps=4
         )
         mean_x, mean_y = (out[0] if parts == 1 else out.sum(0) for out in outs)
@@ -373,8 +349,9 @@ class _Call:
             products.copy_(found[0])
             distance.copy_(found[1])
             return
-        args = (grams, grams.stride(0), self.n, products, distance, self.groups)
-        gram_compare.compare[(self.groups,)](*args, COMPARE=self.compare, **self._compare_tile())
+        gram_compare.compare[(self.groups,)](
+            grams, grams.stride(0), self.n, products, distance, self.groups, COMPARE=self.compare, **self._compare_tile()
+        )  # fmt: skip
 
     def small_matrices(
         self, grams: Tensor, grad_products: Tensor, grad_distance: Tensor, need_x: bool, need_y: bool
@@ -390,43 +367,11 @@ class _Call:
             small = torch.stack((dk + dk.mT, dm + dm.mT), 1)
             return small - small.mean(2, keepdim=True) if project else small
         small = self.x.new_empty((self.groups, 2, self.n, self.n), dtype=self.dtype)
-        args = (
-            grams,
-            grams.stride(0),
-            self.n,
-            grad_products,
-            grad_distance,
-            small,
-            self.groups,
-            need_x,
-            need_y,
-        )
         gram_compare.compare_backward[(self.groups,)](
-            *args, COMPARE=self.compare, PROJECT=project, **self._compare_tile()
-        )
+            grams, grams.stride(0), self.n, grad_products, grad_distance, small, self.groups, need_x, need_y,
+            COMPARE=self.compare, PROJECT=project, **self._compare_tile(),
+        )  # fmt: skip
         return small
-
-    def _norms(self, matrices: Tensor) -> Tensor:
-        """Parts of the three squared norms [G, blocks, 5]."""
-        blocks = max(1, min(gram_compare.MAX_BLOCKS.value, max(self.rows_x, self.rows_y) ** 2 // 8192))
-        norms = self.x.new_empty((self.groups, blocks, 5), dtype=self.dtype)
-        args = (matrices, matrices.stride(0), norms, self.rows_x, self.rows_y, blocks)
-        gram_compare.square_norms[(self.groups * blocks,)](*args, BLOCK=2048, num_warps=8)
-        return norms
-
-    def compare_transposed(self, matrices: Tensor, products: Tensor, distance: Tensor) -> None:
-        """Fills products [3, G] and distance [G]."""
-        norms = self._norms(matrices)
-        args = (norms, products, distance, self.groups, self.n, norms.shape[1])
-        gram_compare.compare_norms[(self.groups,)](*args, COMPARE=self.compare, num_warps=1)
-
-    def factors(self, matrices: Tensor, grad_products: Tensor, grad_distance: Tensor) -> Tensor:
-        """Factors [G, 3] of (P Q^T) Q, (P P^T) P and (Q Q^T) Q."""
-        norms = self._norms(matrices)
-        factors = self.x.new_empty((self.groups, 3), dtype=self.dtype)
-        args = (norms, grad_products, grad_distance, factors, self.groups, self.n, norms.shape[1])
-        gram_compare.norm_factors[(self.groups,)](*args, COMPARE=self.compare, num_warps=1)
-        return factors
 
     def apply(
         self, small: Tensor | None, matrices: Tensor | None, factors: Tensor | None,
@@ -444,7 +389,7 @@ class _Call:
             splits = self._splits(sides * self.groups, max(self.dx, self.dy), columns)
             config = self._config(r0, r1, columns, 1, self.vx, self.vy, ox, oy, even=self.n == r0 + r1)
             args = (self.vx, self.vy, ox, oy, small, self.n, self.dx, self.dy, splits, first, sides, config)
-            gram_products.whole_apply[(splits * sides * self.groups,)](
+            gram_whole.whole_apply[(splits * sides * self.groups,)](
                 *args, **options(warps, stages, keep=False)
             )
             return
@@ -466,7 +411,7 @@ class _Call:
         tiles, blocks = cdiv(max(self.rows_x, self.rows_y), tile), cdiv(max(dx, dy), columns)
         terms = {"gram": small is not None, "cross": factors is not None, "inner": inner}
         config = self._config(tile, 0, columns, 1, self.px, self.py, ox, oy, **terms)
-        gram_products.pair_apply[(sides * self.groups * tiles * blocks,)](
+        gram_pairs.pair_apply[(sides * self.groups * tiles * blocks,)](
             self.px, self.py, ox, oy, *gram_args, *cross_args, self.rows_x, self.rows_y, dx, dy,
             first, sides, tiles, blocks, config, **options(warps, self._stages(stages)),
         )  # fmt: skip
