@@ -48,7 +48,8 @@ $(VENV)/triton-oldest: $(VENV)/.installed
 
 # The interpreter is chosen when Triton is imported, so its tests run in a process of their own.
 test: build lint $(VENV)/triton-oldest
-	$(TEST_ENV) PYTHONPATH=$(VENV)/triton-oldest $(PY) -m pytest -q -n 2 -m aot -k "90]"
+	$(TEST_ENV) PYTHONPATH=$(VENV)/triton-oldest $(PY) -m pytest -q -n 2 -k "test_triton_launch or (test_triton_aot and 90])" \
+		tests/test_triton_launch.py tests/test_triton_aot.py
 	$(TEST_ENV) TRITON_INTERPRET=1 $(PY) -m pytest -q -n 2 -m interpret
 	$(TEST_ENV) $(PY) -m pytest -q -n 2 -m "not interpret"
 

@@ -20,6 +20,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from kdfast.kernels._jit import Kernel
+
 SHARED_LIMIT = {
     80: 163 * 1024,
     90: 227 * 1024,
@@ -49,10 +51,10 @@ def launches(call: Callable[[], object]) -> list[Launch]:
     """What ``call`` launches, in order; nothing runs."""
     found: list[Launch] = []
 
-    def run(kernel, *args, grid, warmup, **options):
-        found.append(Launch(kernel, grid, args, options))
+    def launch_of(kernel, grid):
+        return lambda *args, **options: found.append(Launch(kernel.triton, grid, args, options))
 
-    with mock.patch.object(JITFunction, "run", run):
+    with mock.patch.object(Kernel, "__getitem__", launch_of):
         call()
     return found
 

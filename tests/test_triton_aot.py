@@ -158,6 +158,8 @@ CASES = {
     **{f"gram-{n}-ieee": ("highest", _gram(n, 1024, f32, patches=True)) for n in (16, 64, 77, 128, 273)},
     **{f"gram-{n}-tf32": ("high", _gram(n, 1024, f32, patches=True)) for n in (77, 128, 273)},
     **{f"gram-{n}-bf16": ("highest", _gram(n, 1024, bf16, patches=True)) for n in (24, 77, 128, 273)},
+    "gram-128-wide": ("highest", _gram(128, 16384, f32)),
+    "gram-256-map": ("highest", _gram(256, 2048 * 49, f32)),
     "gram-flat-ieee": ("highest", _gram(77, 1000, f32)),
     "gram-flat-f16": ("highest", _gram(128, 1000, f16)),
     "gram-uncentred-f16": ("highest", _gram(77, 1024, f16, centered=False)),

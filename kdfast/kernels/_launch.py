@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+MOST_SHAPES = 4096  # that are kept, of those that a process sees
+_NOTHING = nullcontext()
 
 
 class View(NamedTuple):
@@ -39,22 +43,33 @@ class View(NamedTuple):
         return View(self.data, self.group, *cols, *rows)
 
 
-def view(v: Tensor) -> View:
-    """[G, R1, R2, F1, F2, F3] as G matrices [R1*R2, F1*F2*F3]; axes that lie along one stride are joined."""
-    return View(v, v.stride(0), *_joined(v, 1, 3), *_joined(v, 3, 6))
+def view(v: Tensor, columns: tuple[int, ...] = (3, 4, 5)) -> View:
+    """[G, R1, R2, F1, F2, F3] as G matrices [R1*R2, F1*F2*F3], the feature axes in this order."""
+    return View(v, *_strides(v.shape, v.stride(), columns))
 
 
-def _joined(v: Tensor, first: int, last: int) -> tuple[int, int, int, int, int]:
-    axes: list[tuple[int, int]] = []  # (size, stride), outermost first
-    for size, stride in zip(v.shape[first:last], v.stride()[first:last], strict=True):
+@lru_cache(MOST_SHAPES)
+def _strides(sizes: tuple[int, ...], strides: tuple[int, ...], columns: tuple[int, ...]) -> tuple[int, ...]:
+    found = [strides[0]]
+    for axes in ((1, 2), columns):
+        of = joined(tuple(sizes[i] for i in axes), tuple(strides[i] for i in axes))
+        (_, s1), (n2, s2), (n3, s3) = ((1, 0),) * (3 - len(of)) + of
+        found += [n2, n3, s1, s2, s3]
+    return tuple(found)
+
+
+@lru_cache(MOST_SHAPES)
+def joined(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(size, stride) of axes, outermost first; those that lie along one stride are one, those of size 1 are left out."""
+    axes: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
         if size == 1:
             continue
         if axes and axes[-1][1] == size * stride:
             axes[-1] = (axes[-1][0] * size, stride)
         else:
             axes.append((size, stride))
-    axes = [(1, 0)] * (3 - len(axes)) + axes
-    return axes[1][0], axes[2][0], axes[0][1], axes[1][1], axes[2][1]
+    return tuple(axes)
 
 
 def precision(*dtypes: torch.dtype) -> str:
@@ -89,4 +104,16 @@ def options(warps: int, stages: int = 2, keep: bool = True) -> dict[str, int]:
 
 def on_device(v: Tensor) -> AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(v.device) if v.is_cuda else nullcontext()
+    if not v.is_cuda or v.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(v.device)
+
+
+def capability(v: Tensor) -> int:
+    """Of the device's tensor cores; from 9 on they read operands from shared memory."""
+    return _capability(v.get_device()) if v.is_cuda else 9
+
+
+@cache
+def _capability(device: int) -> int:
+    return torch.cuda.get_device_capability(device)[0]

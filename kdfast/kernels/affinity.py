@@ -10,12 +10,12 @@ Sums over chunks are float64, and over keys less their median: a_i G + H cancels
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..ops.affinity import new_result
 from ..reference._common import accumulator
+from ._jit import jit
 from ._launch import cdiv, next_power_of_2, on_device, options, precision
 
 FLOAT32 = "ieee" if torch.version.hip else "tf32x3"  # three TF32 products add up to float32's precision
@@ -25,7 +25,7 @@ ROWS, SIDE_BY_SIDE = 64, 8  # of a tile of ``prefix``
 COLUMNS = 64  # of e at a time, half in float64: the AOT tests see no register spilled
 
 
-@triton.jit
+@jit
 def totals(
     key_ptr, order_ptr, center_ptr, v_ptr, v_batch, v_row, v_col, to_ptr, keys, columns, chunks,
     KEYS: tl.constexpr, BC: tl.constexpr,
@@ -47,7 +47,7 @@ def totals(
         tl.store(to_ptr + columns + col, tl.sum(key[:, None] * v, 0), col < columns)
 
 
-@triton.jit
+@jit
 def prefix(data_ptr, rows, columns, ROWS: tl.constexpr, BC: tl.constexpr):
     """Sums over the rows before and including each, in place; row 0, not yet written, becomes 0."""
     col = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -62,7 +62,7 @@ def prefix(data_ptr, rows, columns, ROWS: tl.constexpr, BC: tl.constexpr):
         before += tl.sum(x, 0)
 
 
-@triton.jit
+@jit
 def sweep(
     query_ptr, query_order_ptr, rank_ptr, key_ptr, key_order_ptr, center_ptr, before_ptr,
     v_ptr, v_batch, v_row, v_col, with_ptr, with_batch, with_row, with_col,

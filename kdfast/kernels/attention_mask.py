@@ -18,7 +18,8 @@ from torch import Tensor
 from ..reference._common import accumulator
 from ..reference.attention_mask import Settings
 from ._launch import cdiv, next_power_of_2, on_device
-from .attention_mask_forward import RESULTS, STATS, Options, masks, pool_pair
+from .attention_mask_forward import RESULTS, STATS, Options, pool_pair
+from .attention_mask_masks import masks
 from .attention_mask_passes import Config, Map, errors, finish, gradient, pool
 
 # Forward tiles, all channels of some pixels of both maps in registers: elements, and values per thread of each map.

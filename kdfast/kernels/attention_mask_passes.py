@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._jit import jit
 from ._zeros import tile, vector
 
 
@@ -83,7 +84,7 @@ def _block(blocks, c: tl.constexpr):
     return program // blocks, program % blocks, program % blocks * c.pixels + tl.arange(0, c.pixels)
 
 
-@triton.jit(do_not_specialize=["batch", "blocks"])
+@jit(do_not_specialize=["batch", "blocks"])
 def pool(x, spatial, parts, batch, channels, units, blocks, c: tl.constexpr, SIGNED: tl.constexpr):
     """Of |x| and, if SIGNED, of x: spatial [kinds, B, P] and parts [kinds, B, blocks, C]; grid: (B * blocks,)."""
     image, block, pixels = _block(blocks, c)
@@ -106,7 +107,7 @@ def pool(x, spatial, parts, batch, channels, units, blocks, c: tl.constexpr, SIG
         tl.store(spatial + (batch + image) * count + pixels, plain / channels, inside)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@jit(do_not_specialize=["blocks"])
 def errors(
     x, y, spatial_mask, channel_mask, sums, spatial_error, parts, channels, units, blocks,
     c: tl.constexpr, THROUGH: tl.constexpr,
@@ -174,7 +175,7 @@ def store_terms(
     tl.store(terms + 5, factor_of(masked_weight, masked))
 
 
-@triton.jit(do_not_specialize=["batch", "programs"])
+@jit(do_not_specialize=["batch", "programs"])
 def finish(
     squares, sums, loss, terms, batch, programs, transfer_weight, masked_weight,
     ACC: tl.constexpr, TRANSFER: tl.constexpr, BLOCK: tl.constexpr,
@@ -193,7 +194,7 @@ def _difference(pooled, at, size, side, MAPS: tl.constexpr, ok):
     return tl.where(side == 0, difference, -difference)
 
 
-@triton.jit(do_not_specialize=["batch", "blocks", "side"])
+@jit(do_not_specialize=["batch", "blocks", "side"])
 def gradient(
     x, other, out, grad_loss, terms, spatial, channel, spatial_mask, channel_mask, grad_spatial, grad_channel,
     batch, channels, units, blocks, side,

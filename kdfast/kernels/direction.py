@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.direction import NORM_FLOOR
+from ._jit import jit
 from ._launch import cdiv, next_power_of_2, on_device, options
 
 # Elements of one input that a program holds, half in float64 (the AOT tests see no register spilled), and its warps.
@@ -41,7 +42,7 @@ def _centers_of(labels_ptr, label_stride, rows, ok, classes, ignore_index, LABEL
     return rows, ok, rows < 0
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@jit(do_not_specialize=["ignore_index"])
 def forward_rows(
     s_ptr, s_row, s_col, t_ptr, t_row, t_col, c_ptr, c_row, c_col, labels_ptr, label_stride,
     factors_ptr, parts_ptr, rows, columns, classes, ignore_index,
@@ -98,7 +99,7 @@ def forward_rows(
     tl.store(parts_ptr + tl.program_id(0) * 2 + 1, tl.sum(tl.where(counts, weight * distance, 0.0), 0))
 
 
-@triton.jit
+@jit
 def finish(parts_ptr, loss_ptr, total_ptr, parts, ACC: tl.constexpr, BLOCK: tl.constexpr):
     weight, value = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     for start in range(0, parts, BLOCK):
@@ -112,7 +113,7 @@ def finish(parts_ptr, loss_ptr, total_ptr, parts, ACC: tl.constexpr, BLOCK: tl.c
     tl.store(total_ptr, total)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@jit(do_not_specialize=["ignore_index"])
 def backward_rows(
     grad_ptr, total_ptr, factors_ptr, s_ptr, s_row, s_col, t_ptr, t_row, t_col, c_ptr, c_row, c_col,
     labels_ptr, label_stride, gs_ptr, gs_row, gs_col, gt_ptr, gt_row, gt_col, rows, columns, classes, ignore_index,

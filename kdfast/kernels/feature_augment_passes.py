@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._jit import jit
 from .feature_augment_noise import normal, normal_of_fours
 
 # Every draw has other numbers: a kernel for each that is 1 or a multiple of 16 would be compiled during training.
@@ -73,7 +74,7 @@ def _number(parts, k: tl.constexpr, ACC: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=DRAWN)
+@jit(do_not_specialize=DRAWN)
 def pointwise(
     x, x_b, x_c, x_h, x_w, out, out_b, out_c, out_h, out_w, table, channels, count, width, blocks, groups,
     first, numbers, low, high, a_top, a_left, a_bottom, a_right,
@@ -120,7 +121,7 @@ def _rectangle(tile, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tile // columns * ROWS + place // COLUMNS, tile % columns * COLUMNS + place % COLUMNS
 
 
-@triton.jit(do_not_specialize=DRAWN)
+@jit(do_not_specialize=DRAWN)
 def warp(
     x, x_b, x_c, x_h, x_w, out, out_b, out_c, out_h, out_w, table, channels, height, width, columns, tiles, groups,
     first, numbers, b_top, b_left, b_bottom, b_right, low, high, a_top, a_left, a_bottom, a_right,
@@ -180,7 +181,7 @@ def warp(
         tl.store(address, value.to(out.dtype.element_ty), known[None, :] & inside[:, None])
 
 
-@triton.jit(do_not_specialize=DRAWN)
+@jit(do_not_specialize=DRAWN)
 def warp_adjoint(
     g, g_b, g_c, g_h, g_w, out, out_b, out_c, out_h, out_w, table, channels, height, width, columns, tiles, groups,
     first, numbers, inverse, b_top, b_left, b_bottom, b_right, a_top, a_left, a_bottom, a_right,

@@ -1,4 +1,4 @@
-"""Triton backend of the op ``gram``: which kernels run, at which sizes. Kernels: gram_products, gram_compare.
+"""Triton backend of the op ``gram``: which kernels run, at which sizes. Kernels: gram_whole, _pairs, _compare and _norms.
 
 * Gram side: K = Xc Xc^T and L, compared as N x N matrices; the gradient is a small matrix times Xc. Up to 128
   rows (80 where products are float32) are held by one program, which centres them inside its tile and reads
@@ -16,14 +16,16 @@ because each part costs N^2 floats written and read again.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference import gram as reference
-from . import gram_compare, gram_products
-from ._launch import View, cdiv, next_power_of_2, on_device, options, precision, view
+from . import gram_compare, gram_norms, gram_pairs, gram_whole
+from ._launch import MOST_SHAPES, View, capability, cdiv, next_power_of_2, on_device, options, precision, view
 from .gram_products import Config
 
 # Triton 3.6, torch 2.11's: on Blackwell, for a loop that holds several products.
@@ -79,28 +81,13 @@ SPARE_PAIR_APPLY_TILES = {16: (16, 64, 16, 4, 2), 32: (32, 64, 32, 4, 2), 64: (6
 
 
 def gram(
-    x: Tensor,
-    y: Tensor,
-    compare: int,
-    centered: bool,
-    cosine: bool,
-    inter: bool,
-    feature_side: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, compare: int, centered: bool, cosine: bool, inter: bool, feature_side: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Implementation of ``kdfast::gram_triton``; :func:`kdfast.reference.gram.gram` says what it computes."""
     call = _Call(x, y, compare, centered, inter, feature_side)
     if cosine:
-        return gram(
-            _unit_rows(x, call.dtype),
-            _unit_rows(y, call.dtype),
-            compare,
-            centered,
-            False,
-            inter,
-            feature_side,
-            save,
-        )
+        units = [_unit_rows(v, call.dtype) for v in (x, y)]
+        return gram(*units, compare, centered, False, inter, feature_side, save)
     products = x.new_empty((1 + inter, 3, call.groups), dtype=call.dtype)
     distance = x.new_empty((1 + inter, call.groups), dtype=call.dtype)
     saved = x.new_empty((call.groups, call.workspace) if save else (0,), dtype=call.dtype)
@@ -110,24 +97,14 @@ def gram(
             if call.gram_side:
                 call.compare_grams(grams, products[0], distance[0])
             if call.transposed:
-                call.compare_transposed(transposed, products[-1], distance[-1])
+                gram_norms.compared(transposed, *call.transposed_sizes, products[-1], distance[-1])
     return products, distance, saved
 
 
 def gram_backward(
-    grad_products: Tensor,
-    grad_distance: Tensor,
-    x: Tensor,
-    y: Tensor,
-    saved: Tensor,
-    compare: int,
-    centered: bool,
-    cosine: bool,
-    inter: bool,
-    feature_side: bool,
-    need_x: bool,
-    need_y: bool,
-) -> tuple[Tensor, Tensor]:
+    grad_products: Tensor, grad_distance: Tensor, x: Tensor, y: Tensor, saved: Tensor,
+    compare: int, centered: bool, cosine: bool, inter: bool, feature_side: bool, need_x: bool, need_y: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Implementation of ``kdfast::gram_backward_triton``."""
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
     grad_y = torch.empty_like(y) if need_y else y.new_empty(0)
@@ -156,7 +133,9 @@ def gram_backward(
         if use_grams:
             small = call.small_matrices(grams, grad_products[0], grad_distance[0], need_x, need_y)
         if use_transposed:
-            factors = call.factors(transposed, grad_products[-1], grad_distance[-1])
+            factors = gram_norms.factors(
+                transposed, *call.transposed_sizes, grad_products[-1], grad_distance[-1]
+            )
         call.apply(small, transposed, factors, grad_x, grad_y, need_x, need_y)
     return grad_x, grad_y
 
@@ -170,18 +149,10 @@ def _precision(*dtypes: torch.dtype) -> tuple[str, int]:
     return ("tf32", PIECES[found]) if found in PIECES else (found, 1)
 
 
-def capability(v: Tensor) -> int:
-    """Of the device's tensor cores; from 9 on they read operands from shared memory."""
-    return torch.cuda.get_device_capability(v.device)[0] if v.is_cuda else 9
-
-
-def _by_stride(v: Tensor) -> tuple[int, ...]:
+@lru_cache(MOST_SHAPES)
+def _by_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The feature axes with the innermost in memory last: a comparison does not depend on the order of features."""
-    return tuple(sorted((3, 4, 5), key=lambda axis: (v.shape[axis] == 1, -v.stride(axis))))
-
-
-def _ordered(v: Tensor, axes: tuple[int, ...]) -> Tensor:
-    return v if axes == (3, 4, 5) else v.permute(0, 1, 2, *axes)
+    return tuple(sorted((3, 4, 5), key=lambda axis: (sizes[axis] == 1, -strides[axis])))
 
 
 def _smallest(table: dict[int, tuple], rows: int) -> tuple:
@@ -214,10 +185,10 @@ class _Call:
         self.precision, self.pieces = _precision(x.dtype, y.dtype)
         self.groups, self.n = x.shape[0], x.shape[1] * x.shape[2]
         self.dx, self.dy = (v.shape[3] * v.shape[4] * v.shape[5] for v in (x, y))
-        self.order_x, self.order_y = _by_stride(x), _by_stride(y)
+        self.order_x, self.order_y = (_by_stride(v.shape, v.stride()) for v in (x, y))
         if inter and self.order_x != self.order_y:  # features of x meet those of y
             self.order_x = self.order_y = (3, 4, 5)
-        self.vx, self.vy = view(_ordered(x, self.order_x)), view(_ordered(y, self.order_y))
+        self.vx, self.vy = view(x, self.order_x), view(y, self.order_y)
         feature_elements = self.dx**2 + self.dy**2 + self.dx * self.dy
         self.workspace = feature_elements if feature_side else (3 if inter else 2) * (self.n + inter) ** 2
         # The row-normalised comparison has the same value on either side, and is implemented on one.
@@ -228,6 +199,7 @@ class _Call:
         self.px, self.py = (self.vx.T, self.vy.T) if self.feature_side else (self.vx, self.vy)
         self.rows_x, self.rows_y = (self.dx, self.dy) if self.feature_side else (self.n, self.n)
         self.contracted = self.n if self.feature_side else self.dx
+        self.transposed_sizes = (self.rows_x, self.rows_y, self.n, compare)
         most = WHOLE_ROWS
         if self.precision == "ieee":
             most = min(most, WHOLE_ROWS_DOUBLE if self.dtype == torch.float64 else WHOLE_ROWS_IEEE)
@@ -303,11 +275,11 @@ class _Call:
         config = self._config(r0, r1, columns, 1, self.vx, self.vy, even=self.n == r0 + r1)
         args = (self.vx, self.vy, parts, parts.stride(1), n, dx, dy, splits, groups, config)
         keep = (not ieee and (self.measured or r1 == 0 or self.pieces < 3)) or self.dtype == torch.float64
-        gram_products.whole_grams[(splits * 2 * groups,)](*args, **options(warps, stages, keep=keep))
+        gram_whole.whole_grams[(splits * 2 * groups,)](*args, **options(warps, stages, keep=keep))
         return self._summed(parts, 2 * n * n, into)
 
     def _stages(self, stages: int) -> int:
-        if PIPELINER_FAILS and self.x.is_cuda and torch.cuda.get_device_capability(self.x.device)[0] >= 10:
+        if PIPELINER_FAILS and capability(self.x) >= 10:
             return 1
         return stages
 
@@ -333,7 +305,7 @@ class _Call:
         parts = self._parts(splits, count, into)
         means = self._row_means() if cross else self._column_means()
         config = self._config(tile, 0, columns, 2 if cross else 1, vx, vy, cross=cross)
-        gram_products.pair_products[(splits * programs,)](
+        gram_pairs.pair_products[(splits * programs,)](
             vx, vy, *means, parts, parts.stride(1), nx, ny, dx, dy, splits, self.groups, tiles, config,
             **options(warps, self._stages(stages)),
         )  # fmt: skip
@@ -347,9 +319,7 @@ class _Call:
         """Of P and Q: [G, rows], [G, rows']."""
         return self._means(self.px.T, self.py.T, self.contracted, self.rows_x, self.rows_y, 64, 32)
 
-    def _means(
-        self, vx: View, vy: View, n: int, dx: int, dy: int, row_block: int, column_block: int
-    ) -> tuple[Tensor, Tensor]:
+    def _means(self, vx: View, vy: View, n: int, dx: int, dy: int, row_block: int, column_block: int):
         """Means over n rows, counted from the first. Blocks are long along what usually lies contiguous."""
         if not self.centered:
             return self.x.new_empty(0, dtype=self.dtype), self.x.new_empty(0, dtype=self.dtype)
@@ -357,7 +327,7 @@ class _Call:
         parts = self._splits(2 * self.groups * blocks, n, row_block)
         outs = [self.x.new_empty((parts, self.groups, d), dtype=self.dtype) for d in (dx, dy)]
         config = self._config(row_block, 0, column_block, 0, vx, vy)
-        gram_products.means[(blocks * parts * 2 * self.groups,)](
+        gram_pairs.means[(blocks * parts * 2 * self.groups,)](
             vx, vy, *outs, n, n, dx, dy, parts, blocks, self.groups, config, num_warps=4
         )
         mean_x, mean_y = (out[0] if parts == 1 else out.sum(0) for out in outs)
@@ -379,8 +349,9 @@ class _Call:
             products.copy_(found[0])
             distance.copy_(found[1])
             return
-        args = (grams, grams.stride(0), self.n, products, distance, self.groups)
-        gram_compare.compare[(self.groups,)](*args, COMPARE=self.compare, **self._compare_tile())
+        gram_compare.compare[(self.groups,)](
+            grams, grams.stride(0), self.n, products, distance, self.groups, COMPARE=self.compare, **self._compare_tile()
+        )  # fmt: skip
 
     def small_matrices(
         self, grams: Tensor, grad_products: Tensor, grad_distance: Tensor, need_x: bool, need_y: bool
@@ -396,51 +367,19 @@ class _Call:
             small = torch.stack((dk + dk.mT, dm + dm.mT), 1)
             return small - small.mean(2, keepdim=True) if project else small
         small = self.x.new_empty((self.groups, 2, self.n, self.n), dtype=self.dtype)
-        args = (
-            grams,
-            grams.stride(0),
-            self.n,
-            grad_products,
-            grad_distance,
-            small,
-            self.groups,
-            need_x,
-            need_y,
-        )
         gram_compare.compare_backward[(self.groups,)](
-            *args, COMPARE=self.compare, PROJECT=project, **self._compare_tile()
-        )
+            grams, grams.stride(0), self.n, grad_products, grad_distance, small, self.groups, need_x, need_y,
+            COMPARE=self.compare, PROJECT=project, **self._compare_tile(),
+        )  # fmt: skip
         return small
-
-    def _norms(self, matrices: Tensor) -> Tensor:
-        """Parts of the three squared norms [G, blocks, 5]."""
-        blocks = max(1, min(gram_compare.MAX_BLOCKS.value, max(self.rows_x, self.rows_y) ** 2 // 8192))
-        norms = self.x.new_empty((self.groups, blocks, 5), dtype=self.dtype)
-        args = (matrices, matrices.stride(0), norms, self.rows_x, self.rows_y, blocks)
-        gram_compare.square_norms[(self.groups * blocks,)](*args, BLOCK=2048, num_warps=8)
-        return norms
-
-    def compare_transposed(self, matrices: Tensor, products: Tensor, distance: Tensor) -> None:
-        """Fills products [3, G] and distance [G]."""
-        norms = self._norms(matrices)
-        args = (norms, products, distance, self.groups, self.n, norms.shape[1])
-        gram_compare.compare_norms[(self.groups,)](*args, COMPARE=self.compare, num_warps=1)
-
-    def factors(self, matrices: Tensor, grad_products: Tensor, grad_distance: Tensor) -> Tensor:
-        """Factors [G, 3] of (P Q^T) Q, (P P^T) P and (Q Q^T) Q."""
-        norms = self._norms(matrices)
-        factors = self.x.new_empty((self.groups, 3), dtype=self.dtype)
-        args = (norms, grad_products, grad_distance, factors, self.groups, self.n, norms.shape[1])
-        gram_compare.norm_factors[(self.groups,)](*args, COMPARE=self.compare, num_warps=1)
-        return factors
 
     def apply(
         self, small: Tensor | None, matrices: Tensor | None, factors: Tensor | None,
         grad_x: Tensor, grad_y: Tensor, need_x: bool, need_y: bool,
     ) -> None:  # fmt: skip
         """Writes the gradients of the sides that need one: all terms in one launch."""
-        ox = view(_ordered(grad_x, self.order_x)) if need_x else self.vx
-        oy = view(_ordered(grad_y, self.order_y)) if need_y else self.vy
+        ox = view(grad_x, self.order_x) if need_x else self.vx
+        oy = view(grad_y, self.order_y) if need_y else self.vy
         first, sides = int(not need_x), need_x + need_y
         ieee = self.precision == "ieee"
         if factors is None and self.whole:
@@ -450,7 +389,7 @@ class _Call:
             splits = self._splits(sides * self.groups, max(self.dx, self.dy), columns)
             config = self._config(r0, r1, columns, 1, self.vx, self.vy, ox, oy, even=self.n == r0 + r1)
             args = (self.vx, self.vy, ox, oy, small, self.n, self.dx, self.dy, splits, first, sides, config)
-            gram_products.whole_apply[(splits * sides * self.groups,)](
+            gram_whole.whole_apply[(splits * sides * self.groups,)](
                 *args, **options(warps, stages, keep=False)
             )
             return
@@ -472,7 +411,7 @@ class _Call:
         tiles, blocks = cdiv(max(self.rows_x, self.rows_y), tile), cdiv(max(dx, dy), columns)
         terms = {"gram": small is not None, "cross": factors is not None, "inner": inner}
         config = self._config(tile, 0, columns, 1, self.px, self.py, ox, oy, **terms)
-        gram_products.pair_apply[(sides * self.groups * tiles * blocks,)](
+        gram_pairs.pair_apply[(sides * self.groups * tiles * blocks,)](
             self.px, self.py, ox, oy, *gram_args, *cross_args, self.rows_x, self.rows_y, dx, dy,
             first, sides, tiles, blocks, config, **options(warps, self._stages(stages)),
         )  # fmt: skip

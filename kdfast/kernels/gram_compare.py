@@ -9,6 +9,8 @@ belongs to a row is also had along the columns, without a transpose.
 import triton
 import triton.language as tl
 
+from ._jit import jit
+
 # Indices into kdfast.reference.gram.COMPARISONS
 CKA = tl.constexpr(0)
 CKA_ROW = tl.constexpr(1)
@@ -16,18 +18,17 @@ UNBIASED = tl.constexpr(2)
 ROW_COSINE = tl.constexpr(3)
 MEAN = tl.constexpr(4)
 DIFFERENCE = tl.constexpr(5)
-MAX_BLOCKS = tl.constexpr(64)  # of square_norms in a group
 NORM_FLOOR = tl.constexpr(1e-12)  # of a row's norm in row_cosine
 
 
 @triton.jit
-def _diagonal(k_ptr, index, n):
+def diagonal(k_ptr, index, n):
     return tl.load(k_ptr + index * (n + 1), index < n, other=0.0)
 
 
 @triton.jit
 def _scale(k_ptr, n, COMPARE: tl.constexpr, BN: tl.constexpr):
-    scale = tl.max(_diagonal(k_ptr, tl.arange(0, BN), n), 0)
+    scale = tl.max(diagonal(k_ptr, tl.arange(0, BN), n), 0)
     one = tl.zeros_like(scale) + 1
     if COMPARE == DIFFERENCE:
         return one
@@ -54,7 +55,7 @@ def _weight(diagonal):
 def _row_values(k, k_ptr, scale, rows, n, COMPARE: tl.constexpr):
     """What the transform needs of each row of the block ``k`` [BR]; see _column_values."""
     if COMPARE == CKA_ROW:
-        return _weight(_diagonal(k_ptr, rows, n) / scale)
+        return _weight(diagonal(k_ptr, rows, n) / scale)
     if COMPARE == UNBIASED:
         return tl.sum(k, 1) / tl.maximum(n - 2, 1)
     if COMPARE == ROW_COSINE:
@@ -67,9 +68,9 @@ def _column_values(k_ptr, scale, n, COMPARE: tl.constexpr, BN: tl.constexpr, BR:
     """For all rows, along the columns [BN]: 1/sqrt(K_ii), U-centring's row mean, or 1/|K_i|; and U-centring's
     total."""
     cols = tl.arange(0, BN)
-    value = tl.zeros_like(_diagonal(k_ptr, cols, n))
+    value = tl.zeros_like(diagonal(k_ptr, cols, n))
     if COMPARE == CKA_ROW:
-        value = _weight(_diagonal(k_ptr, cols, n) / scale)
+        value = _weight(diagonal(k_ptr, cols, n) / scale)
     if (COMPARE == UNBIASED) | (COMPARE == ROW_COSINE):
         for start in range(0, n, BR):
             k = _block(k_ptr, scale, start + tl.arange(0, BR), cols, n, COMPARE)
@@ -92,7 +93,13 @@ def _transform(k, row_value, column_value, total, rows, cols, n, COMPARE: tl.con
 
 
 @triton.jit
-def _inverse(square):
+def _transformed(k, k_ptr, scale, column_value, total, rows, cols, n, COMPARE: tl.constexpr):
+    row_value = _row_values(k, k_ptr, scale, rows, n, COMPARE)
+    return _transform(k, row_value, column_value, total, rows, cols, n, COMPARE)
+
+
+@triton.jit
+def inverse(square):
     positive = square > 0
     return tl.where(positive, tl.rsqrt(tl.where(positive, square, 1.0)), 0.0)
 
@@ -108,12 +115,8 @@ def _statistics(k_ptr, l_ptr, n, COMPARE: tl.constexpr, BN: tl.constexpr, BR: tl
     for start in range(0, n, BR):
         rows = start + tl.arange(0, BR)
         k, m = _block(k_ptr, k_scale, rows, cols, n, COMPARE), _block(l_ptr, l_scale, rows, cols, n, COMPARE)
-        k_rows, l_rows = (
-            _row_values(k, k_ptr, k_scale, rows, n, COMPARE),
-            _row_values(m, l_ptr, l_scale, rows, n, COMPARE),
-        )
-        a = _transform(k, k_rows, k_cols, k_total, rows, cols, n, COMPARE)
-        b = _transform(m, l_rows, l_cols, l_total, rows, cols, n, COMPARE)
+        a = _transformed(k, k_ptr, k_scale, k_cols, k_total, rows, cols, n, COMPARE)
+        b = _transformed(m, l_ptr, l_scale, l_cols, l_total, rows, cols, n, COMPARE)
         aa += tl.sum(a * a, 0)
         bb += tl.sum(b * b, 0)
         ab += tl.sum(a * b, 0)
@@ -136,7 +139,7 @@ def _distance(k_ptr, l_ptr, n, stats, COMPARE: tl.constexpr, BN: tl.constexpr, B
     and s."""
     k_scale, l_scale, k_cols, l_cols, k_total, l_total, aa, bb, ab, sum_a, sum_b = stats
     cols = tl.arange(0, BN)
-    inv_a, inv_b = _inverse(aa), _inverse(bb)
+    inv_a, inv_b = inverse(aa), inverse(bb)
     square, k_loss, l_loss = k_cols * 0, k_cols * 0, k_cols * 0
     if COMPARE == MEAN:
         difference = (sum_a * inv_a - sum_b * inv_b) / n
@@ -152,10 +155,8 @@ def _distance(k_ptr, l_ptr, n, stats, COMPARE: tl.constexpr, BN: tl.constexpr, B
         elif COMPARE == DIFFERENCE:
             e = k - m
         else:
-            k_rows = _row_values(k, k_ptr, k_scale, rows, n, COMPARE)
-            l_rows = _row_values(m, l_ptr, l_scale, rows, n, COMPARE)
-            a = _transform(k, k_rows, k_cols, k_total, rows, cols, n, COMPARE)
-            b = _transform(m, l_rows, l_cols, l_total, rows, cols, n, COMPARE)
+            a = _transformed(k, k_ptr, k_scale, k_cols, k_total, rows, cols, n, COMPARE)
+            b = _transformed(m, l_ptr, l_scale, l_cols, l_total, rows, cols, n, COMPARE)
             e = a * inv_a - b * inv_b
         square += tl.sum(e * e, 0)
     total = tl.sum(square, 0)
@@ -164,18 +165,27 @@ def _distance(k_ptr, l_ptr, n, stats, COMPARE: tl.constexpr, BN: tl.constexpr, B
     return tl.where((aa > 0) & (bb > 0), total / 2, 1.0), k_loss, l_loss
 
 
-@triton.jit(do_not_specialize=["groups", "n"])
+@triton.jit
+def store_group(products, distance, g, groups, xy, xx, yy, value):
+    """Of group g: products [3, groups] and distance [groups]."""
+    tl.store(products + g, xy)
+    tl.store(products + groups + g, xx)
+    tl.store(products + 2 * groups + g, yy)
+    tl.store(distance + g, value)
+
+
+@triton.jit
+def load_group(products, distance, g, groups):
+    """Of group g: what :func:`store_group` stored."""
+    xy, xx = tl.load(products + g), tl.load(products + groups + g)
+    return xy, xx, tl.load(products + 2 * groups + g), tl.load(distance + g)
+
+
+@jit(do_not_specialize=["groups", "n"])
 def compare(
-    matrices,
-    group_stride,
-    n,
-    products,
-    distance,
-    groups,
-    COMPARE: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-):
+    matrices, group_stride, n, products, distance, groups,
+    COMPARE: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     """matrices: per group K then L, [n, n] each; products [3, groups]; distance [groups].
 
     Two passes over 2 n^2 elements (three for the unbiased and the row comparisons), about 10 operations each.
@@ -187,10 +197,7 @@ def compare(
     k_scale, l_scale, k_cols, l_cols, k_total, l_total, aa, bb, ab, sum_a, sum_b = stats
     value, k_loss, l_loss = _distance(k_ptr, l_ptr, n, stats, COMPARE, BN, BR)
     to_k, to_l = _true_scale(k_scale, COMPARE), _true_scale(l_scale, COMPARE)
-    tl.store(products + g, ab * to_k * to_l)
-    tl.store(products + groups + g, aa * to_k * to_k)
-    tl.store(products + 2 * groups + g, bb * to_l * to_l)
-    tl.store(distance + g, value)
+    store_group(products, distance, g, groups, ab * to_k * to_l, aa * to_k * to_k, bb * to_l * to_l, value)
 
 
 @triton.jit
@@ -211,7 +218,7 @@ def _gradient_block(k, m, own, other, n, grad, p_xy, p_own, value, rows, cols, C
     b = _transform(m, other_row_value, other_column_value, other_total, rows, cols, n, COMPARE)
     if COMPARE == DIFFERENCE:
         return 2 * (2 * grad / n / n * (a - b) + own_factor * a + other_factor * b)
-    inv, other_inv = _inverse(square), _inverse(other_square)
+    inv, other_inv = inverse(square), inverse(other_square)
     if COMPARE == MEAN:
         mine = sums * inv / n
         step = grad * (mine - other_sums * other_inv / n) * inv / sigma
@@ -230,21 +237,9 @@ def _gradient_block(k, m, own, other, n, grad, p_xy, p_own, value, rows, cols, C
 
 @triton.jit
 def _write_gradient(
-    k_ptr,
-    l_ptr,
-    out,
-    n,
-    k_side,
-    l_side,
-    grad,
-    p_xy,
-    p_own,
-    value,
-    COMPARE: tl.constexpr,
-    PROJECT: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-):
+    k_ptr, l_ptr, out, n, k_side, l_side, grad, p_xy, p_own, value,
+    COMPARE: tl.constexpr, PROJECT: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     k_scale, k_cols, k_total, aa, sum_a, k_loss = k_side
     l_scale, l_cols, l_total, bb, sum_b, l_loss = l_side
     cols = tl.arange(0, BN)
@@ -276,22 +271,11 @@ def _write_gradient(
                     tl.store(out + rows[:, None] * n + cols[None, :], tile - mean[None, :], ok)
 
 
-@triton.jit(do_not_specialize=["groups", "n", "need_x", "need_y"])
+@jit(do_not_specialize=["groups", "n", "need_x", "need_y"])
 def compare_backward(
-    matrices,
-    group_stride,
-    n,
-    grad_products,
-    grad_distance,
-    out,
-    groups,
-    need_x,
-    need_y,
-    COMPARE: tl.constexpr,
-    PROJECT: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-):
+    matrices, group_stride, n, grad_products, grad_distance, out, groups, need_x, need_y,
+    COMPARE: tl.constexpr, PROJECT: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     """out [groups, 2, n, n]: Gx and Gy of dX = Gx Xc, dY = Gy Yc; with PROJECT minus their columns' means."""
     g = tl.program_id(0).to(tl.int64)
     k_ptr = matrices + g * group_stride
@@ -304,9 +288,7 @@ def compare_backward(
         k_cols * (NORM_FLOOR / k_scale) < 0.9999, k_loss, 0.0
     )  # a row below the floor has a constant norm
     l_loss = tl.where(l_cols * (NORM_FLOOR / l_scale) < 0.9999, l_loss, 0.0)
-    grad = tl.load(grad_distance + g)
-    p_xy, p_xx = tl.load(grad_products + g), tl.load(grad_products + groups + g)
-    p_yy = tl.load(grad_products + 2 * groups + g)
+    p_xy, p_xx, p_yy, grad = load_group(grad_products, grad_distance, g, groups)
     k_side, l_side = (
         (k_scale, k_cols, k_total, aa, sum_a, k_loss),
         (l_scale, l_cols, l_total, bb, sum_b, l_loss),
@@ -319,93 +301,3 @@ def compare_backward(
         _write_gradient(
             l_ptr, k_ptr, out + n * n, n, l_side, k_side, grad, p_xy, p_yy, value, COMPARE, PROJECT, BN, BR
         )
-
-
-@triton.jit
-def _sum_squares(p, count, scale, block, blocks, BLOCK: tl.constexpr):
-    total = tl.zeros([BLOCK], p.dtype.element_ty)
-    share = tl.cdiv(tl.cdiv(count, BLOCK), blocks) * BLOCK
-    for start in range(block * share, tl.minimum(count, (block + 1) * share), BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        value = tl.load(p + at, at < count, other=0.0) / scale
-        total += value * value
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _largest_diagonal(p, n, BLOCK: tl.constexpr):
-    largest = tl.zeros([BLOCK], p.dtype.element_ty)
-    for start in range(0, n, BLOCK):
-        largest = tl.maximum(largest, _diagonal(p, (start + tl.arange(0, BLOCK)).to(tl.int64), n))
-    scale = tl.max(largest, 0)
-    return tl.where(scale > 0, scale, 1.0)
-
-
-@triton.jit(do_not_specialize=["blocks", "nx", "ny"])
-def square_norms(matrices, group_stride, out, nx, ny, blocks, BLOCK: tl.constexpr):
-    """Parts of |X Y^T|^2, |X X^T|^2, |Y Y^T|^2 of scaled matrices, and two scales: out [groups, blocks,
-    5]."""
-    block, g = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
-    size_x, size_y, size_xy = nx.to(tl.int64) * nx, ny.to(tl.int64) * ny, nx.to(tl.int64) * ny
-    xx = matrices + g * group_stride
-    yy, xy = xx + size_x, xx + size_x + size_y
-    scale_x, scale_y = _largest_diagonal(xx, nx, BLOCK), _largest_diagonal(yy, ny, BLOCK)
-    scale_xy = tl.sqrt(scale_x) * tl.sqrt(scale_y)
-    out += (g * blocks + block) * 5
-    tl.store(out, _sum_squares(xy, size_xy, scale_xy, block, blocks, BLOCK))
-    tl.store(out + 1, _sum_squares(xx, size_x, scale_x, block, blocks, BLOCK))
-    tl.store(out + 2, _sum_squares(yy, size_y, scale_y, block, blocks, BLOCK))
-    tl.store(out + 3, scale_x)
-    tl.store(out + 4, scale_y)
-
-
-@triton.jit
-def _finished_norms(norms, g, blocks):
-    at = tl.arange(0, MAX_BLOCKS)
-    part, ok = norms + (g * blocks + at) * 5, at < blocks
-    xy, xx = tl.sum(tl.load(part, ok, other=0.0), 0), tl.sum(tl.load(part + 1, ok, other=0.0), 0)
-    yy = tl.sum(tl.load(part + 2, ok, other=0.0), 0)
-    return xy, xx, yy, tl.load(norms + g * blocks * 5 + 3), tl.load(norms + g * blocks * 5 + 4)
-
-
-@triton.jit(do_not_specialize=["groups", "samples", "blocks"])
-def compare_norms(norms, products, distance, groups, samples, blocks, COMPARE: tl.constexpr):
-    """Per group 1 - |X Y^T|^2 / (|X X^T| |Y Y^T|), or the difference; norms: what square_norms wrote."""
-    g = tl.program_id(0).to(tl.int64)
-    xy, xx, yy, scale_x, scale_y = _finished_norms(norms, g, blocks)
-    product_xy, product_xx, product_yy = (
-        xy * scale_x * scale_y,
-        xx * scale_x * scale_x,
-        yy * scale_y * scale_y,
-    )
-    if COMPARE == DIFFERENCE:
-        value = (product_xx + product_yy - 2 * product_xy) / samples / samples
-    else:
-        value = tl.where((xx > 0) & (yy > 0), 1 - xy * _inverse(xx) * _inverse(yy), 1.0)
-    tl.store(products + g, product_xy)
-    tl.store(products + groups + g, product_xx)
-    tl.store(products + 2 * groups + g, product_yy)
-    tl.store(distance + g, tl.maximum(value, 0.0))
-
-
-@triton.jit(do_not_specialize=["groups", "samples", "blocks"])
-def norm_factors(
-    norms, grad_products, grad_distance, factors, groups, samples, blocks, COMPARE: tl.constexpr
-):
-    """Factors [groups, 3] of (X Y^T) Y, (X X^T) X and (Y Y^T) Y in the gradients, for pair_apply."""
-    g = tl.program_id(0).to(tl.int64)
-    xy, xx, yy, scale_x, scale_y = _finished_norms(norms, g, blocks)
-    grad = tl.load(grad_distance + g)
-    p_xy, p_xx = tl.load(grad_products + g), tl.load(grad_products + groups + g)
-    p_yy = tl.load(grad_products + 2 * groups + g)
-    if COMPARE == DIFFERENCE:
-        step = grad / samples / samples
-        f_xy, f_xx, f_yy = -4 * step, 4 * step, 4 * step
-    else:
-        inverse = _inverse(xx) * _inverse(yy)
-        f_xy = -2 * grad * inverse / scale_x / scale_y
-        f_xx = 2 * grad * inverse * xy * _inverse(xx) * _inverse(xx) / scale_x / scale_x
-        f_yy = 2 * grad * inverse * xy * _inverse(yy) * _inverse(yy) / scale_y / scale_y
-    tl.store(factors + g * 3, f_xy + 2 * p_xy)
-    tl.store(factors + g * 3 + 1, f_xx + 4 * p_xx)
-    tl.store(factors + g * 3 + 2, f_yy + 4 * p_yy)

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, next_power_of_2, on_device, options
+from ._launch import cdiv, joined, next_power_of_2, on_device, options
 from .logits_rows import backward_rows, finish, finish_rows, forward_rows
 
 DIST = 3
@@ -31,18 +31,11 @@ def _rows(v: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
     """Where row r lies: (inner rows, outer stride, inner stride, stride of classes); copies beyond two row axes."""
     if v.dim() == 1:
         v = v[None]
-    axes: list[tuple[int, int]] = []  # (size, stride), outermost first
-    for size, stride in zip(v.shape[:-1], v.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if axes and axes[-1][1] == size * stride:
-            axes[-1] = (axes[-1][0] * size, stride)
-        else:
-            axes.append((size, stride))
+    axes = joined(v.shape[:-1], v.stride()[:-1])
     if len(axes) > 2:
         return _rows(v.contiguous())
-    axes = [(1, 0)] * (2 - len(axes)) + axes
-    return v, (axes[1][0], axes[0][1], axes[1][1], v.stride(-1))
+    (_, outer), (size, inner) = ((1, 0),) * (2 - len(axes)) + axes
+    return v, (size, outer, inner, v.stride(-1))
 
 
 def _block(classes: int, most: int, wide: bool) -> dict[str, int]:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._jit import jit
 from ._launch import cdiv
 from .logits import _block, _Call
 from .logits_rows import LOWEST, _load, _pair, finish
@@ -42,7 +43,7 @@ def _pull(by, product, norm_own, norm_other):
     return by / d, tl.where(norm_own > 0, own, 0.0)
 
 
-@triton.jit
+@jit
 def dist_rows(
     s, t, labels, saved, values, shape_s, shape_t, classes, alpha: tl.float64, inverse_t: tl.float64, ignored,
     has_labels: tl.constexpr, acc: tl.constexpr, BLOCK: tl.constexpr,
@@ -115,7 +116,7 @@ def _tile(s, t, labels, saved, row, k, end, shape_s, shape_t, classes, scale, ig
     return p, q, counts
 
 
-@triton.jit
+@jit
 def dist_parts(
     s, t, labels, saved, parts, counted, shape_s, shape_t, rows, classes, inverse_t: tl.float64, ignored, part_rows,
     has_labels: tl.constexpr, acc: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -190,7 +191,7 @@ def dist_parts(
     tl.store(counted + part, total)
 
 
-@triton.jit
+@jit
 def dist_columns(
     parts, counted, columns, values, classes, number, beta: tl.float64, acc: tl.constexpr, BC: tl.constexpr
 ):
@@ -222,7 +223,7 @@ def dist_columns(
     tl.store(values + k, tl.where(count > 0, value, 0.0), inside)
 
 
-@triton.jit
+@jit
 def dist_gradient(
     grad, own, other, labels, saved, columns, share, to, shape_own, shape_other, shape_to, classes,
     alpha: tl.float64, beta: tl.float64, inverse_t: tl.float64, ignored,

@@ -7,6 +7,8 @@ import math
 import triton
 import triton.language as tl
 
+from ._jit import jit
+
 KL, DKD, NKD = (tl.constexpr(i) for i in range(3))
 LOWEST = tl.constexpr(-1e30)
 LN2, LOG2E = tl.constexpr(math.log(2)), tl.constexpr(1 / math.log(2))
@@ -96,7 +98,7 @@ def _row_values(
     return tl.where(counts, result, 0.0)
 
 
-@triton.jit
+@jit
 def forward_rows(
     s, t, labels, saved, values, shape_s, shape_t, classes, chunk, alpha: tl.float64, beta: tl.float64,
     inverse_t: tl.float64, ignored,
@@ -163,7 +165,7 @@ def _part(values, index, at, ok):
     return tl.load(values + index + at, ok, other=0.0)
 
 
-@triton.jit
+@jit
 def finish_rows(
     s, t, labels, saved, values, loss, share, shape_s, shape_t, rows, classes, alpha: tl.float64, beta: tl.float64,
     inverse_t: tl.float64, ignored,
@@ -201,7 +203,7 @@ def finish_rows(
     tl.store(share, inverse.to(acc))
 
 
-@triton.jit
+@jit
 def backward_rows(
     grad, s, t, labels, saved, share, to, shape_s, shape_t, shape_to, classes, alpha: tl.float64,
     beta: tl.float64, inverse_t: tl.float64, ignored,
@@ -273,7 +275,7 @@ def backward_rows(
         tl.store(target_of, gradient.to(to.dtype.element_ty), inside)
 
 
-@triton.jit
+@jit
 def finish(
     values,
     labels,

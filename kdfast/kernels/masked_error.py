@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference._common import accumulator
+from ._jit import jit
 from ._launch import cdiv, next_power_of_2, on_device, options
 
 ELEMENTS, WARPS = 2048, 4  # of a tile: 16 of each map in a thread
@@ -30,7 +31,7 @@ def _offsets(pixels, width, row, pixel, FLAT: tl.constexpr):
         return (pixels // width).to(tl.int64) * row + (pixels % width).to(tl.int64) * pixel
 
 
-@triton.jit(do_not_specialize=["numel"])
+@jit(do_not_specialize=["numel"])
 def errors(
     x, y, mask, grad, out, parts, numel, channels, count, width, blocks, groups,
     x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w, out_b, out_c, out_h, out_w,
@@ -69,7 +70,7 @@ def errors(
         tl.store(parts + program, tl.sum(total * weight[None, :]))
 
 
-@triton.jit(do_not_specialize=["numel"])
+@jit(do_not_specialize=["numel"])
 def finish(parts, value, programs, numel, ACC: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], ACC)
     for start in range(0, programs, BLOCK):
@@ -78,7 +79,7 @@ def finish(parts, value, programs, numel, ACC: tl.constexpr, BLOCK: tl.constexpr
     tl.store(value, tl.sum(total, 0) / (tl.zeros([], ACC) + numel))
 
 
-@triton.jit
+@jit
 def scale_in_place(gradient, grad, numel, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """Reads nothing but ``grad`` where that is 1, as it is for the loss that a step ends with."""
     factor = tl.load(grad).to(ACC)
@@ -88,7 +89,7 @@ def scale_in_place(gradient, grad, numel, ACC: tl.constexpr, BLOCK: tl.constexpr
         tl.store(gradient + index, (value * factor).to(gradient.dtype.element_ty), index < numel)
 
 
-@triton.jit
+@jit
 def count_boxes(
     boxes, out, number, height, width, KIND: tl.constexpr, BOXES: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.patch_gram import AVERAGES, Grid, resized_dtype
+from ._jit import jit
 from ._launch import cdiv, next_power_of_2, on_device
 from ._zeros import tile
 
@@ -133,7 +134,7 @@ def _resize(pid, x, channels, size_h, size_w, out, batch, height, width, c: tl.c
 SIZES = ["height_x", "width_x", "height_y", "width_y", "programs_x", "batch"]
 
 
-@triton.jit(do_not_specialize=[*SIZES, "height", "width"])
+@jit(do_not_specialize=[*SIZES, "height", "width"])
 def resize(
     x, channels_x, height_x, width_x, out_x, y, channels_y, height_y, width_y, out_y,
     programs_x, batch, height, width, c: tl.constexpr
@@ -220,7 +221,7 @@ def _adjoint(pid, z, out, channels, size_h, size_w, batch, height, width, c: tl.
     tl.store(data + to, total.to(data.dtype.element_ty), ok)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "height", "width"])
+@jit(do_not_specialize=[*SIZES, "height", "width"])
 def resize_adjoint(
     z_x, out_x, channels_x, height_x, width_x, z_y, out_y, channels_y, height_y, width_y,
     programs_x, batch, height, width, c: tl.constexpr

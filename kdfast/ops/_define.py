@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -43,8 +44,10 @@ def define(
 def kernel(module: str, name: str) -> Callable:
     """The function ``name`` of ``kdfast.kernels.<module>``, which imports Triton, looked up when it is called."""
 
+    path = f"kdfast.kernels.{module}"
+
     def call(*args):
-        return getattr(import_module(f"kdfast.kernels.{module}"), name)(*args)
+        return getattr(sys.modules.get(path) or import_module(path), name)(*args)
 
     return call
 
