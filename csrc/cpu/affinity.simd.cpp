@@ -100,6 +100,10 @@ void sweep(const AffinitySweep<P>& s) {
   }
 }
 
+// Into the second level: such requests wait in its queue, which is longer than that of the first, and are
+// not in the way of loads. Asking for random rows in the first level took a third more time at 67,200 rows.
+inline void request(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 // f(first row, rows) for tiles of kTile rows, after `ahead(row)` for each row of the tile that comes next.
 template <class Ahead, class F>
 inline void for_tiles(int64_t rows, const Ahead& ahead, const F& f) {
@@ -111,14 +115,31 @@ inline void for_tiles(int64_t rows, const Ahead& ahead, const F& f) {
   }
 }
 
+// Asks for rows [row, row + kTile) of `count` columns. The processor, which finds regular accesses by
+// itself, does not among requests for random rows.
+template <class T>
+inline void request_tile(const T* data, const AffinityMatrix& from, int64_t row, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  if (row + kTile > from.rows) return;
+  const T* const block = data + row * from.row_stride;
+  if (from.row_stride == 1) {
+    for (int64_t c = 0; c < count; ++c) {
+      for (int64_t r = 0; r < kTile; r += kLine) request(block + c * from.column_stride + r);
+    }
+  } else if (from.column_stride == 1) {
+    for (int64_t r = 0; r < kTile; ++r) request(block + r * from.row_stride);
+  }
+}
+
 template <class P>
 void pack(const AffinityMatrix& from, const int32_t* rank, int64_t first, int64_t count, P* to) {
   alignas(64) P tile[kTile * kWidth] = {};
   typed<P>(from.dtype, [&]<class T>(T) {
     const T* const data = static_cast<const T*>(from.data) + first * from.column_stride;
     for_tiles(
-        from.rows, [&](int64_t r) { __builtin_prefetch(to + rank[r] * kWidth, 1); },
+        from.rows, [&](int64_t r) { request(to + rank[r] * kWidth); },
         [&](int64_t begin, int64_t rows) {
+          request_tile(data, from, begin + 2 * kTile, count);
           const T* const block = data + begin * from.row_stride;
           if (from.column_stride == 1) {
             for (int64_t r = 0; r < rows; ++r) convert(block + r * from.row_stride, tile + r * kWidth, count);
@@ -169,7 +190,7 @@ void unpack(const P* from, const int32_t* rank, int64_t first, int64_t count, co
     T* const data = static_cast<T*>(to.data) + first * to.column_stride;
     const bool past = to.past_caches && reinterpret_cast<uintptr_t>(data) % 64 == 0;
     for_tiles(
-        to.rows, [&](int64_t r) { __builtin_prefetch(from + rank[r] * kWidth); },
+        to.rows, [&](int64_t r) { request(from + rank[r] * kWidth); },
         [&](int64_t begin, int64_t rows) {
           T* const block = data + begin * to.row_stride;
           for (int64_t r = 0; r < rows; ++r) {
