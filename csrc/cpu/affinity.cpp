@@ -92,15 +92,21 @@ void forward(const AffinityKernels<P>& kernels, const Sizes& s, const Tensor& a,
              const Tensor& g, const Tensor& out, int32_t* order_a, int32_t* order_b) {
   const Sides<P> sides = arrange<P>(s, a, b, order_a, order_b, false, true, false);
   const double scale = 1.0 / static_cast<double>(s.m);
-  for_blocks<P>(s, (s.n + s.m) * kAffinityWidth,
-                [&](int64_t image, int64_t first, int64_t count, P* workspace) {
-                  const auto& [q, k] = sides[image];
-                  P *values = workspace, *result = workspace + s.m * kAffinityWidth;
-                  kernels.pack(matrix(g, image, "g"), k.rank.get(), first, count, values);
-                  kernels.sweep({q.values.get(), s.n, k.values.get(), s.m, q.others.get(), values, result,
-                                 nullptr, nullptr, scale, k.median()});
-                  kernels.unpack(result, q.rank.get(), first, count, matrix(out, image, "out"));
-                });
+  // Results take the place of values that were read before, from the last row down: row r the place of value
+  // m - 1 + ahead - r. Up to there counted[r] values were read, so that `ahead` rows are to be free.
+  int64_t ahead = 0;
+  for (const auto& [q, k] : sides) {
+    for (int64_t r = 0; r < s.n; ++r) ahead = std::max(ahead, r + 1 - q.others[r]);
+  }
+  for_blocks<P>(
+      s, (s.m + ahead) * kAffinityWidth, [&](int64_t image, int64_t first, int64_t count, P* values) {
+        const auto& [q, k] = sides[image];
+        P* const last = values + (s.m - 1 + ahead) * kAffinityWidth;
+        kernels.pack(matrix(g, image, "g"), k.rank.get(), first, count, values);
+        kernels.sweep({q.values.get(), s.n, k.values.get(), s.m, q.others.get(), values, last,
+                       -kAffinityWidth, nullptr, nullptr, scale, k.median()});
+        kernels.unpack(last, -kAffinityWidth, q.rank.get(), first, count, matrix(out, image, "out"));
+      });
 }
 
 // to[image, order[r]] = sum over the blocks of dots [B, blocks, r].
@@ -136,23 +142,24 @@ void backward(const AffinityKernels<P>& kernels, const Sizes& s, const Tensor& g
   const HugeBuffer<P> dots_a(grad_a ? s.batch * s.blocks() * s.n : 0);
   const HugeBuffer<P> dots_b(grad_b ? s.batch * s.blocks() * s.m : 0);
   const double scale = 1.0 / static_cast<double>(s.m);
-  for_blocks<P>(s, (s.n + s.m) * kAffinityWidth,
-                [&](int64_t image, int64_t first, int64_t count, P* workspace) {
-                  const auto& [q, k] = sides[image];
-                  P *values = workspace, *slopes = workspace + s.m * kAffinityWidth;
-                  kernels.pack(matrix(g, image, "g"), k.rank.get(), first, count, values);
-                  kernels.pack(matrix(grad, image, "grad"), q.rank.get(), first, count, slopes);
-                  const int64_t part = image * s.blocks() + first / kAffinityWidth;
-                  if (grad_a) {
-                    kernels.sweep({q.values.get(), s.n, k.values.get(), s.m, q.others.get(), values, nullptr,
-                                   slopes, dots_a.get() + part * s.n, scale, k.median()});
-                  }
-                  if (!grad_b && !grad_g) return;
-                  kernels.sweep({k.values.get(), s.m, q.values.get(), s.n, k.others.get(), slopes,
-                                 grad_g ? values : nullptr, values,
-                                 grad_b ? dots_b.get() + part * s.m : nullptr, scale, q.median()});
-                  if (grad_g) kernels.unpack(values, k.rank.get(), first, count, matrix(*grad_g, image, "g"));
-                });
+  for_blocks<P>(
+      s, (s.n + s.m) * kAffinityWidth, [&](int64_t image, int64_t first, int64_t count, P* workspace) {
+        const auto& [q, k] = sides[image];
+        P *values = workspace, *slopes = workspace + s.m * kAffinityWidth;
+        kernels.pack(matrix(g, image, "g"), k.rank.get(), first, count, values);
+        kernels.pack(matrix(grad, image, "grad"), q.rank.get(), first, count, slopes);
+        const int64_t part = image * s.blocks() + first / kAffinityWidth;
+        if (grad_a) {
+          kernels.sweep({q.values.get(), s.n, k.values.get(), s.m, q.others.get(), values, nullptr, 0, slopes,
+                         dots_a.get() + part * s.n, scale, k.median()});
+        }
+        if (!grad_b && !grad_g) return;
+        kernels.sweep({k.values.get(), s.m, q.values.get(), s.n, k.others.get(), slopes,
+                       grad_g ? values : nullptr, kAffinityWidth, values,
+                       grad_b ? dots_b.get() + part * s.m : nullptr, scale, q.median()});
+        if (grad_g)
+          kernels.unpack(values, kAffinityWidth, k.rank.get(), first, count, matrix(*grad_g, image, "g"));
+      });
   if (grad_a) add_up(*grad_a, order_a, dots_a.get(), s.blocks());
   if (grad_b) add_up(*grad_b, order_b, dots_b.get(), s.blocks());
 }

@@ -84,7 +84,7 @@ void sweep_as(const AffinitySweep<P>& s) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           narrow((weight * load_vec(g + v * kDoubles) + load_vec(h + v * kDoubles)) * s.scale,
-                 s.out + r * kWidth + v * kDoubles);
+                 s.out + r * s.out_step + v * kDoubles);
         }
       }
     }
@@ -184,17 +184,18 @@ bool stream(const P* tile, int64_t rows, int64_t count, P* to, int64_t row_strid
 }
 
 template <class P>
-void unpack(const P* from, const int32_t* rank, int64_t first, int64_t count, const AffinityMatrix& to) {
+void unpack(const P* from, int64_t step, const int32_t* rank, int64_t first, int64_t count,
+            const AffinityMatrix& to) {
   alignas(64) P tile[kTile * kWidth];
   typed<P>(to.dtype, [&]<class T>(T) {
     T* const data = static_cast<T*>(to.data) + first * to.column_stride;
     const bool past = to.past_caches && reinterpret_cast<uintptr_t>(data) % 64 == 0;
     for_tiles(
-        to.rows, [&](int64_t r) { request(from + rank[r] * kWidth); },
+        to.rows, [&](int64_t r) { request(from + rank[r] * step); },
         [&](int64_t begin, int64_t rows) {
           T* const block = data + begin * to.row_stride;
           for (int64_t r = 0; r < rows; ++r) {
-            __builtin_memcpy(tile + r * kWidth, from + rank[begin + r] * kWidth, kWidth * sizeof(P));
+            __builtin_memcpy(tile + r * kWidth, from + rank[begin + r] * step, kWidth * sizeof(P));
           }
           if constexpr (__is_same(T, P)) {
             if (past && stream(tile, rows, count, block, to.row_stride, to.column_stride)) return;
