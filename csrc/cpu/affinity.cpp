@@ -1,8 +1,9 @@
 // Op affinity on the CPU: the orders of queries and keys, and sweeps over both, one thread for 16 columns of
 // an image. Method: kdfast/ops/affinity.py.
 //
-// Memory beside the results: per thread two packed blocks of 16 columns of all positions, 12 bytes for every
-// position, and in the backward one number for every position and 16 columns.
+// Memory beside the results: per thread two packed blocks of 16 columns of all positions (in the forward
+// little more than one is touched), 12 bytes for every position, and in the backward one number for every
+// position and 16 columns.
 
 #include "cpu/affinity.h"
 
@@ -93,20 +94,20 @@ void forward(const AffinityKernels<P>& kernels, const Sizes& s, const Tensor& a,
   const Sides<P> sides = arrange<P>(s, a, b, order_a, order_b, false, true, false);
   const double scale = 1.0 / static_cast<double>(s.m);
   // Results take the place of values that were read before, from the last row down: row r the place of value
-  // m - 1 + ahead - r. Up to there counted[r] values were read, so that `ahead` rows are to be free.
+  // m - 1 + ahead - r. Up to there counted[r] values were read, so that `ahead` rows, at most n, are to be
+  // free. Few are touched mostly; the block is as large as in the backward, so that malloc gives the same.
   int64_t ahead = 0;
   for (const auto& [q, k] : sides) {
     for (int64_t r = 0; r < s.n; ++r) ahead = std::max(ahead, r + 1 - q.others[r]);
   }
-  for_blocks<P>(
-      s, (s.m + ahead) * kAffinityWidth, [&](int64_t image, int64_t first, int64_t count, P* values) {
-        const auto& [q, k] = sides[image];
-        P* const last = values + (s.m - 1 + ahead) * kAffinityWidth;
-        kernels.pack(matrix(g, image, "g"), k.rank.get(), first, count, values);
-        kernels.sweep({q.values.get(), s.n, k.values.get(), s.m, q.others.get(), values, last,
-                       -kAffinityWidth, nullptr, nullptr, scale, k.median()});
-        kernels.unpack(last, -kAffinityWidth, q.rank.get(), first, count, matrix(out, image, "out"));
-      });
+  for_blocks<P>(s, (s.n + s.m) * kAffinityWidth, [&](int64_t image, int64_t first, int64_t count, P* values) {
+    const auto& [q, k] = sides[image];
+    P* const last = values + (s.m - 1 + ahead) * kAffinityWidth;
+    kernels.pack(matrix(g, image, "g"), k.rank.get(), first, count, values);
+    kernels.sweep({q.values.get(), s.n, k.values.get(), s.m, q.others.get(), values, last, -kAffinityWidth,
+                   nullptr, nullptr, scale, k.median()});
+    kernels.unpack(last, -kAffinityWidth, q.rank.get(), first, count, matrix(out, image, "out"));
+  });
 }
 
 // to[image, order[r]] = sum over the blocks of dots [B, blocks, r].
@@ -164,20 +165,38 @@ void backward(const AffinityKernels<P>& kernels, const Sizes& s, const Tensor& g
   if (grad_b) add_up(*grad_b, order_b, dots_b.get(), s.blocks());
 }
 
-// Laid out as the fake says: neighbours along e, or along positions where those of g are closer.
-Tensor new_result(const Sizes& s, const Tensor& g) {
-  const bool rows = g.stride(1) >= g.stride(2);
-  Tensor out = rows ? torch::stable::new_empty(g, {s.batch, s.n, s.e})
-                    : torch::stable::new_empty(g, {s.batch, s.e, s.n});
-  advise_huge_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
-  return rows ? out : torch::stable::transpose(out, 1, 2);
+// A new map [B, rows, e], neighbours along e or along the rows. From 32 MB on malloc maps every block anew,
+// and not on a huge page: the parts of a huge page at both ends would be some 800 faults of 1.6 us. There the
+// map begins on a huge page inside a larger block, whose rest is never touched.
+Tensor new_map(const Tensor& like, int64_t batch, int64_t rows, int64_t e, bool along_e) {
+  constexpr int64_t kMappedAnew = 32 << 20, kPage = 2 << 20;
+  const int64_t count = batch * rows * e, size = static_cast<int64_t>(like.element_size());
+  const bool anew = count * size >= kMappedAnew;
+  Tensor flat = torch::stable::new_empty(like, {anew ? count + 2 * kPage / size : count});
+  if (anew) {
+    const auto begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(flat.data_ptr()) % kPage);
+    flat = torch::stable::narrow(flat, 0, (kPage - begin) % kPage / size, count);
+    advise_huge_pages(flat.data_ptr(), (count * size + kPage - 1) / kPage * kPage);
+  } else {
+    advise_huge_pages(flat.data_ptr(), count * size);
+  }
+  return along_e ? torch::stable::view(flat, {batch, rows, e})
+                 : torch::stable::transpose(torch::stable::view(flat, {batch, e, rows}), 1, 2);
+}
+
+bool along_e(const Tensor& g) { return g.stride(1) >= g.stride(2); }
+
+Tensor new_gradient_of_g(const Sizes& s, const Tensor& g, bool needed) {
+  const bool dense = g.is_contiguous() || torch::stable::transpose(g, 1, 2).is_contiguous();
+  return needed && dense ? new_map(g, s.batch, s.m, s.e, along_e(g)) : new_gradient(g, needed);
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> affinity_cpu(const Tensor& a, const Tensor& b, const Tensor& g) {
   const Sizes s = check(a, b, g);
-  Tensor out = new_result(s, g);
+  // Laid out as the fake says: as g is.
+  Tensor out = new_map(g, s.batch, s.n, s.e, along_e(g));
   Tensor order_a = torch::stable::new_empty(a, {s.batch, s.n}, ScalarType::Int);
   Tensor order_b = torch::stable::new_empty(b, {s.batch, s.m}, ScalarType::Int);
   const auto run = [&](const auto& kernels) {
@@ -197,7 +216,8 @@ std::tuple<Tensor, Tensor, Tensor> affinity_backward_cpu(const Tensor& grad, con
   KD_CHECK(grad.dim() == 3 && grad.size(0) == s.batch && grad.size(1) == s.n && grad.size(2) == s.e,
            "affinity: the gradient must be [", s.batch, ", ", s.n, ", ", s.e, "]");
   KD_CHECK(order_a.is_contiguous() && order_b.is_contiguous(), "affinity: the orders must be contiguous");
-  Tensor grad_a = new_gradient(a, need_a), grad_b = new_gradient(b, need_b), grad_g = new_gradient(g, need_g);
+  Tensor grad_a = new_gradient(a, need_a), grad_b = new_gradient(b, need_b);
+  Tensor grad_g = new_gradient_of_g(s, g, need_g);
   const auto run = [&](const auto& kernels) {
     backward(kernels, s, grad, a, b, g, static_cast<const int32_t*>(order_a.const_data_ptr()),
              static_cast<const int32_t*>(order_b.const_data_ptr()), need_a ? &grad_a : nullptr,
