@@ -32,12 +32,14 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPastCaches = 16 << 20;  // bytes of a result
 
+int64_t bytes_of(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); }
+
 // Rows and columns of image `image` of a tensor [B, rows, columns].
 AffinityMatrix matrix(const Tensor& x, int64_t image, const char* name) {
   auto* data = const_cast<char*>(static_cast<const char*>(x.const_data_ptr()));
   data += image * x.stride(0) * static_cast<int64_t>(x.element_size());
-  const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
-  return {data, dtype_of(x.scalar_type(), name), x.size(1), x.stride(1), x.stride(2), bytes >= kPastCaches};
+  return {data,        dtype_of(x.scalar_type(), name), x.size(1), x.stride(1),
+          x.stride(2), bytes_of(x) >= kPastCaches};
 }
 
 struct Sizes {
@@ -165,30 +167,36 @@ void backward(const AffinityKernels<P>& kernels, const Sizes& s, const Tensor& g
   if (grad_b) add_up(*grad_b, order_b, dots_b.get(), s.blocks());
 }
 
-// A new map [B, rows, e], neighbours along e or along the rows. From 32 MB on malloc maps every block anew,
-// and not on a huge page: the parts of a huge page at both ends would be some 800 faults of 1.6 us. There the
-// map begins on a huge page inside a larger block, whose rest is never touched.
+// From this size on malloc maps every block anew, and not from the start of a huge page on: the parts of huge
+// pages at both ends would be some 800 faults of 1.6 us.
+constexpr int64_t kMappedAnew = 32 << 20;
+
+// A new map [B, rows, e], neighbours along e or along the rows. A large one begins on a huge page inside a
+// larger block, whose rest is never touched.
 Tensor new_map(const Tensor& like, int64_t batch, int64_t rows, int64_t e, bool along_e) {
-  constexpr int64_t kMappedAnew = 32 << 20, kPage = 2 << 20;
+  constexpr int64_t kPage = 2 << 20;
+  const std::array<int64_t, 3> sizes = {batch, along_e ? rows : e, along_e ? e : rows};
   const int64_t count = batch * rows * e, size = static_cast<int64_t>(like.element_size());
-  const bool anew = count * size >= kMappedAnew;
-  Tensor flat = torch::stable::new_empty(like, {anew ? count + 2 * kPage / size : count});
-  if (anew) {
-    const auto begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(flat.data_ptr()) % kPage);
-    flat = torch::stable::narrow(flat, 0, (kPage - begin) % kPage / size, count);
-    advise_huge_pages(flat.data_ptr(), (count * size + kPage - 1) / kPage * kPage);
+  Tensor map;
+  if (count * size < kMappedAnew) {
+    map = torch::stable::new_empty(like, sizes);
+    advise_huge_pages(map.data_ptr(), count * size);
   } else {
-    advise_huge_pages(flat.data_ptr(), count * size);
+    Tensor block = torch::stable::new_empty(like, {count + 2 * kPage / size});
+    const auto begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(block.data_ptr()) % kPage);
+    block = torch::stable::narrow(block, 0, (kPage - begin) % kPage / size, count);
+    advise_huge_pages(block.data_ptr(), (count * size + kPage - 1) / kPage * kPage);
+    map = torch::stable::view(block, sizes);
   }
-  return along_e ? torch::stable::view(flat, {batch, rows, e})
-                 : torch::stable::transpose(torch::stable::view(flat, {batch, e, rows}), 1, 2);
+  return along_e ? map : torch::stable::transpose(map, 1, 2);
 }
 
 bool along_e(const Tensor& g) { return g.stride(1) >= g.stride(2); }
 
 Tensor new_gradient_of_g(const Sizes& s, const Tensor& g, bool needed) {
+  if (!needed || bytes_of(g) < kMappedAnew) return new_gradient(g, needed);
   const bool dense = g.is_contiguous() || torch::stable::transpose(g, 1, 2).is_contiguous();
-  return needed && dense ? new_map(g, s.batch, s.m, s.e, along_e(g)) : new_gradient(g, needed);
+  return dense ? new_map(g, s.batch, s.m, s.e, along_e(g)) : new_gradient(g);
 }
 
 }  // namespace
