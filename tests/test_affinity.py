@@ -53,6 +53,45 @@ def test_results_that_go_past_the_caches(n, m, transposed):
 
 
 @needs_extension
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(65601, 2), (2, 65601)])
+def test_results_that_begin_on_a_huge_page(n, m, transposed):
+    a, b, g = inputs(1, n, m, 131, transposed=transposed)
+    check("cpu", a, b, g)
+    y, _, _, grad_g = run(concatenation_affinity, a, b, g)
+    assert (y if n > m else grad_g).data_ptr() % (2 << 20) == 0
+    assert grad_g.stride() == g.stride()
+    wide = torch.cat([g, g[:, :, :2]], 2)[:, :, 1:-1]  # no layout that a gradient could share
+    check("cpu", a, b, wide)
+
+
+@needs_extension
+@pytest.mark.parametrize("shift", [-100.0, -3.0, -1.0, 0.0, 1.0, 3.0, 100.0])
+@pytest.mark.parametrize(("n", "m"), [(300, 70), (70, 300), (300, 300)])
+def test_results_in_place_of_values(n, m, shift):
+    """How far queries are ahead of the keys they count decides which rows are free."""
+    a, b, g = inputs(2, n, m, 35)
+    a = torch.stack([a[0] + shift, a[1]])
+    check("cpu", a, b, g)
+    check("cpu", a, torch.where(b > 0, b + 50, b - 50), g)
+
+
+@needs_extension
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 511, 512, 3000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_orders(count, dtype):
+    """Ascending with -0 below 0, equal values in the order of their places, NaN last."""
+    a, b, g = inputs(1, count, count, 1, dtype)
+    a = (a * 4).round()
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")], dtype=dtype)[:count]
+    b[0, : len(special)] = special
+    _, *orders = torch.ops.kdfast.affinity(a, b, g)
+    for values, order in zip((a[0], b[0]), orders, strict=True):
+        keys = [(x != x, x, not str(x).startswith("-"), place) for place, x in enumerate(values.tolist())]
+        assert order[0].tolist() == [key[-1] for key in sorted(keys)]
+
+
+@needs_extension
 @settings(max_examples=30, deadline=None)
 @given(
     sizes=st.tuples(*(st.integers(1, top) for top in (3, 90, 90, 40))),

@@ -1,8 +1,9 @@
 // Op affinity on the CPU: the orders of queries and keys, and sweeps over both, one thread for 16 columns of
 // an image. Method: kdfast/ops/affinity.py.
 //
-// Memory beside the results: per thread two packed blocks of 16 columns of all positions, 12 bytes for every
-// position, and in the backward one number for every position and 16 columns.
+// Memory beside the results: per thread two packed blocks of 16 columns of all positions (in the forward
+// little more than one is touched), 12 bytes for every position, and in the backward one number for every
+// position and 16 columns.
 
 #include "cpu/affinity.h"
 
@@ -31,12 +32,14 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPastCaches = 16 << 20;  // bytes of a result
 
+int64_t bytes_of(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()); }
+
 // Rows and columns of image `image` of a tensor [B, rows, columns].
 AffinityMatrix matrix(const Tensor& x, int64_t image, const char* name) {
   auto* data = const_cast<char*>(static_cast<const char*>(x.const_data_ptr()));
   data += image * x.stride(0) * static_cast<int64_t>(x.element_size());
-  const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
-  return {data, dtype_of(x.scalar_type(), name), x.size(1), x.stride(1), x.stride(2), bytes >= kPastCaches};
+  return {data,        dtype_of(x.scalar_type(), name), x.size(1), x.stride(1),
+          x.stride(2), bytes_of(x) >= kPastCaches};
 }
 
 struct Sizes {
@@ -92,15 +95,21 @@ void forward(const AffinityKernels<P>& kernels, const Sizes& s, const Tensor& a,
              const Tensor& g, const Tensor& out, int32_t* order_a, int32_t* order_b) {
   const Sides<P> sides = arrange<P>(s, a, b, order_a, order_b, false, true, false);
   const double scale = 1.0 / static_cast<double>(s.m);
-  for_blocks<P>(s, (s.n + s.m) * kAffinityWidth,
-                [&](int64_t image, int64_t first, int64_t count, P* workspace) {
-                  const auto& [q, k] = sides[image];
-                  P *values = workspace, *result = workspace + s.m * kAffinityWidth;
-                  kernels.pack(matrix(g, image, "g"), k.rank.get(), first, count, values);
-                  kernels.sweep({q.values.get(), s.n, k.values.get(), s.m, q.others.get(), values, result,
-                                 nullptr, nullptr, scale, k.median()});
-                  kernels.unpack(result, q.rank.get(), first, count, matrix(out, image, "out"));
-                });
+  // Results take the place of values that were read before, from the last row down: row r the place of value
+  // m - 1 + ahead - r. Up to there counted[r] values were read, so that `ahead` rows, at most n, are to be
+  // free. Few are touched mostly; the block is as large as in the backward, so that malloc gives the same.
+  int64_t ahead = 0;
+  for (const auto& [q, k] : sides) {
+    for (int64_t r = 0; r < s.n; ++r) ahead = std::max(ahead, r + 1 - q.others[r]);
+  }
+  for_blocks<P>(s, (s.n + s.m) * kAffinityWidth, [&](int64_t image, int64_t first, int64_t count, P* values) {
+    const auto& [q, k] = sides[image];
+    P* const last = values + (s.m - 1 + ahead) * kAffinityWidth;
+    kernels.pack(matrix(g, image, "g"), k.rank.get(), first, count, values);
+    kernels.sweep({q.values.get(), s.n, k.values.get(), s.m, q.others.get(), values, last, -kAffinityWidth,
+                   nullptr, nullptr, scale, k.median()});
+    kernels.unpack(last, -kAffinityWidth, q.rank.get(), first, count, matrix(out, image, "out"));
+  });
 }
 
 // to[image, order[r]] = sum over the blocks of dots [B, blocks, r].
@@ -136,41 +145,66 @@ void backward(const AffinityKernels<P>& kernels, const Sizes& s, const Tensor& g
   const HugeBuffer<P> dots_a(grad_a ? s.batch * s.blocks() * s.n : 0);
   const HugeBuffer<P> dots_b(grad_b ? s.batch * s.blocks() * s.m : 0);
   const double scale = 1.0 / static_cast<double>(s.m);
-  for_blocks<P>(s, (s.n + s.m) * kAffinityWidth,
-                [&](int64_t image, int64_t first, int64_t count, P* workspace) {
-                  const auto& [q, k] = sides[image];
-                  P *values = workspace, *slopes = workspace + s.m * kAffinityWidth;
-                  kernels.pack(matrix(g, image, "g"), k.rank.get(), first, count, values);
-                  kernels.pack(matrix(grad, image, "grad"), q.rank.get(), first, count, slopes);
-                  const int64_t part = image * s.blocks() + first / kAffinityWidth;
-                  if (grad_a) {
-                    kernels.sweep({q.values.get(), s.n, k.values.get(), s.m, q.others.get(), values, nullptr,
-                                   slopes, dots_a.get() + part * s.n, scale, k.median()});
-                  }
-                  if (!grad_b && !grad_g) return;
-                  kernels.sweep({k.values.get(), s.m, q.values.get(), s.n, k.others.get(), slopes,
-                                 grad_g ? values : nullptr, values,
-                                 grad_b ? dots_b.get() + part * s.m : nullptr, scale, q.median()});
-                  if (grad_g) kernels.unpack(values, k.rank.get(), first, count, matrix(*grad_g, image, "g"));
-                });
+  for_blocks<P>(
+      s, (s.n + s.m) * kAffinityWidth, [&](int64_t image, int64_t first, int64_t count, P* workspace) {
+        const auto& [q, k] = sides[image];
+        P *values = workspace, *slopes = workspace + s.m * kAffinityWidth;
+        kernels.pack(matrix(g, image, "g"), k.rank.get(), first, count, values);
+        kernels.pack(matrix(grad, image, "grad"), q.rank.get(), first, count, slopes);
+        const int64_t part = image * s.blocks() + first / kAffinityWidth;
+        if (grad_a) {
+          kernels.sweep({q.values.get(), s.n, k.values.get(), s.m, q.others.get(), values, nullptr, 0, slopes,
+                         dots_a.get() + part * s.n, scale, k.median()});
+        }
+        if (!grad_b && !grad_g) return;
+        kernels.sweep({k.values.get(), s.m, q.values.get(), s.n, k.others.get(), slopes,
+                       grad_g ? values : nullptr, kAffinityWidth, values,
+                       grad_b ? dots_b.get() + part * s.m : nullptr, scale, q.median()});
+        if (grad_g)
+          kernels.unpack(values, kAffinityWidth, k.rank.get(), first, count, matrix(*grad_g, image, "g"));
+      });
   if (grad_a) add_up(*grad_a, order_a, dots_a.get(), s.blocks());
   if (grad_b) add_up(*grad_b, order_b, dots_b.get(), s.blocks());
 }
 
-// Laid out as the fake says: neighbours along e, or along positions where those of g are closer.
-Tensor new_result(const Sizes& s, const Tensor& g) {
-  const bool rows = g.stride(1) >= g.stride(2);
-  Tensor out = rows ? torch::stable::new_empty(g, {s.batch, s.n, s.e})
-                    : torch::stable::new_empty(g, {s.batch, s.e, s.n});
-  advise_huge_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
-  return rows ? out : torch::stable::transpose(out, 1, 2);
+// From this size on malloc maps every block anew, and not from the start of a huge page on: the parts of huge
+// pages at both ends would be some 800 faults of 1.6 us.
+constexpr int64_t kMappedAnew = 32 << 20;
+
+// A new map [B, rows, e], neighbours along e or along the rows. A large one begins on a huge page inside a
+// larger block, whose rest is never touched.
+Tensor new_map(const Tensor& like, int64_t batch, int64_t rows, int64_t e, bool along_e) {
+  constexpr int64_t kPage = 2 << 20;
+  const std::array<int64_t, 3> sizes = {batch, along_e ? rows : e, along_e ? e : rows};
+  const int64_t count = batch * rows * e, size = static_cast<int64_t>(like.element_size());
+  Tensor map;
+  if (count * size < kMappedAnew) {
+    map = torch::stable::new_empty(like, sizes);
+    advise_huge_pages(map.data_ptr(), count * size);
+  } else {
+    Tensor block = torch::stable::new_empty(like, {count + 2 * kPage / size});
+    const auto begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(block.data_ptr()) % kPage);
+    block = torch::stable::narrow(block, 0, (kPage - begin) % kPage / size, count);
+    advise_huge_pages(block.data_ptr(), (count * size + kPage - 1) / kPage * kPage);
+    map = torch::stable::view(block, sizes);
+  }
+  return along_e ? map : torch::stable::transpose(map, 1, 2);
+}
+
+bool along_e(const Tensor& g) { return g.stride(1) >= g.stride(2); }
+
+Tensor new_gradient_of_g(const Sizes& s, const Tensor& g, bool needed) {
+  if (!needed || bytes_of(g) < kMappedAnew) return new_gradient(g, needed);
+  const bool dense = g.is_contiguous() || torch::stable::transpose(g, 1, 2).is_contiguous();
+  return dense ? new_map(g, s.batch, s.m, s.e, along_e(g)) : new_gradient(g);
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> affinity_cpu(const Tensor& a, const Tensor& b, const Tensor& g) {
   const Sizes s = check(a, b, g);
-  Tensor out = new_result(s, g);
+  // Laid out as the fake says: as g is.
+  Tensor out = new_map(g, s.batch, s.n, s.e, along_e(g));
   Tensor order_a = torch::stable::new_empty(a, {s.batch, s.n}, ScalarType::Int);
   Tensor order_b = torch::stable::new_empty(b, {s.batch, s.m}, ScalarType::Int);
   const auto run = [&](const auto& kernels) {
@@ -190,7 +224,8 @@ std::tuple<Tensor, Tensor, Tensor> affinity_backward_cpu(const Tensor& grad, con
   KD_CHECK(grad.dim() == 3 && grad.size(0) == s.batch && grad.size(1) == s.n && grad.size(2) == s.e,
            "affinity: the gradient must be [", s.batch, ", ", s.n, ", ", s.e, "]");
   KD_CHECK(order_a.is_contiguous() && order_b.is_contiguous(), "affinity: the orders must be contiguous");
-  Tensor grad_a = new_gradient(a, need_a), grad_b = new_gradient(b, need_b), grad_g = new_gradient(g, need_g);
+  Tensor grad_a = new_gradient(a, need_a), grad_b = new_gradient(b, need_b);
+  Tensor grad_g = new_gradient_of_g(s, g, need_g);
   const auto run = [&](const auto& kernels) {
     backward(kernels, s, grad, a, b, g, static_cast<const int32_t*>(order_a.const_data_ptr()),
              static_cast<const int32_t*>(order_b.const_data_ptr()), need_a ? &grad_a : nullptr,

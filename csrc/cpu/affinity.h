@@ -31,6 +31,8 @@ struct AffinitySweep {
   const int32_t* counted;  // [queries], ascending
   const P* values;         // [keys, kAffinityWidth]
   P* out;                  // [queries, kAffinityWidth], or null; may be `with`
+  int64_t out_step;        // from row to row, in elements; may be negative, and rows may lie on values that
+                           // were read for the same query or before
   const P* with;           // [queries, kAffinityWidth]
   P* dots;                 // [queries], or null
   double scale;
@@ -43,7 +45,9 @@ struct AffinityKernels {
   // Columns [first, first + count) of a matrix to and from [rows, kAffinityWidth], the rest 0. Row i of the
   // matrix is row rank[i] there.
   void (*pack)(const AffinityMatrix& from, const int32_t* rank, int64_t first, int64_t count, P* to);
-  void (*unpack)(const P* from, const int32_t* rank, int64_t first, int64_t count, const AffinityMatrix& to);
+  // `step` is from row to row of what is unpacked.
+  void (*unpack)(const P* from, int64_t step, const int32_t* rank, int64_t first, int64_t count,
+                 const AffinityMatrix& to);
   void (*sweep)(const AffinitySweep<P>& sweep);
 };
 

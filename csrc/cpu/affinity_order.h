@@ -37,23 +37,31 @@ void sort_floats(int64_t count, const F& value, int32_t* order) {
   constexpr int kDigits = 3, kBits = 11;
   const std::unique_ptr<uint64_t[]> storage(new uint64_t[2 * count]);
   uint64_t *pairs = storage.get(), *other = pairs + count;  // value above, place below
-  for (int64_t i = 0; i < count; ++i) pairs[i] = static_cast<uint64_t>(ordered(value(i))) << 32 | i;
+  const auto pair = [&](int64_t i) { return static_cast<uint64_t>(ordered(value(i))) << 32 | i; };
   if (count < kRadixFrom) {
+    for (int64_t i = 0; i < count; ++i) pairs[i] = pair(i);
     std::sort(pairs, pairs + count);
-  } else {
-    const auto digit = [](uint64_t pair, int d) { return pair >> (32 + d * kBits) & ((1 << kBits) - 1); };
-    std::array<std::array<int32_t, 1 << kBits>, kDigits> start{};
-    for (int64_t i = 0; i < count; ++i) {
-      for (int d = 0; d < kDigits; ++d) ++start[d][digit(pairs[i], d)];
-    }
-    for (int d = 0; d < kDigits; ++d) {
-      int32_t sum = 0;
-      for (int32_t& s : start[d]) sum += std::exchange(s, sum);
+    for (int64_t i = 0; i < count; ++i) order[i] = static_cast<int32_t>(pairs[i]);
+    return;
+  }
+  const auto digit = [](uint64_t pair, int d) { return pair >> (32 + d * kBits) & ((1 << kBits) - 1); };
+  std::array<std::array<int32_t, 1 << kBits>, kDigits> start{};
+  for (int64_t i = 0; i < count; ++i) {
+    pairs[i] = pair(i);
+    for (int d = 0; d < kDigits; ++d) ++start[d][digit(pairs[i], d)];
+  }
+  for (int d = 0; d < kDigits; ++d) {
+    int32_t sum = 0;
+    for (int32_t& s : start[d]) sum += std::exchange(s, sum);
+    if (d < kDigits - 1) {
       for (int64_t i = 0; i < count; ++i) other[start[d][digit(pairs[i], d)]++] = pairs[i];
       std::swap(pairs, other);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        order[start[d][digit(pairs[i], d)]++] = static_cast<int32_t>(pairs[i]);
+      }
     }
   }
-  for (int64_t i = 0; i < count; ++i) order[i] = static_cast<int32_t>(pairs[i]);
 }
 
 template <class F>
@@ -95,12 +103,40 @@ struct AffinitySide {
     });
   }
 
+  // Merges both sides. What comes next is random, and a branch on it would be mispredicted every other time;
+  // without one every step waits for the one before, so that several parts of this side take turns.
   void count_others(const AffinitySide& other) {
+    constexpr int kParts = 4;
+    struct Part {
+      int64_t r, end, c;
+    };
+    std::array<Part, kParts> parts;
     others.reset(new int32_t[count]);
-    int64_t c = 0;
-    for (int64_t r = 0; r < count; ++r) {
-      while (c < other.count && !(other.values[other.count - 1 - c] <= -values[r])) ++c;
-      others[r] = static_cast<int32_t>(c);
+    const P* const largest = other.values.get() + other.count - 1;
+    const auto more = [&](int64_t r, int64_t c) { return c < other.count && !(largest[-c] <= -values[r]); };
+    for (int k = 0; k < kParts; ++k) {
+      Part& p = parts[k];
+      p = {k * count / kParts, (k + 1) * count / kParts, 0};
+      for (int64_t end = other.count; p.r < p.end && p.c < end;) {  // the count of its first by bisection
+        const int64_t middle = (p.c + end) / 2;
+        more(p.r, middle) ? p.c = middle + 1 : end = middle;
+      }
+    }
+    const auto step = [&](Part& p) {
+      const bool advance = more(p.r, p.c);
+      others[p.r] = static_cast<int32_t>(p.c);  // stays as the step that leaves r writes it
+      p.c += advance, p.r += !advance;
+    };
+    const auto all = [&] {
+      bool all = true;
+      for (const Part& p : parts) all &= p.r < p.end;
+      return all;
+    };
+    while (all()) {
+      for (Part& p : parts) step(p);
+    }
+    for (Part& p : parts) {
+      while (p.r < p.end) step(p);
     }
   }
 
