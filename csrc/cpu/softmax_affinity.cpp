@@ -1,0 +1,199 @@
+// Op softmax_affinity on the CPU: attention in blocks, without the matrix of all pairs. Blocks of queries go
+// to threads; the backward's sums over queries are split into parts that do not depend on the number of
+// threads. Method: kdfast/ops/softmax_affinity.py.
+//
+// Operations: 2 n m (d + e) forward and 2 n m (3 d + 2 e) backward, which recomputes the weights. Memory
+// beside the results: keys and values packed, in the backward a few sums [m, d + e] per image, and per thread
+// what fits its L2 cache.
+
+#include "cpu/softmax_affinity.h"
+
+#include <algorithm>
+
+#include "common/dtype.h"
+#include "common/gradient.h"
+#include "common/huge_buffer.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "cpu/position_tensors.h"
+#include "cpu/softmax_affinity_ops.h"
+
+namespace kd {
+
+KD_DECLARE_ISA(extern const SoftmaxKernels<float> softmax_float;
+               extern const SoftmaxKernels<double> softmax_double;)
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kBlock = 192, kBlockBackward = 128;  // queries at a time, at most
+constexpr int64_t kBlockElements = 3 << 14, kBlockElementsBackward = 5 << 14;
+constexpr int64_t kParts = 4;       // of all queries of a batch, at least
+constexpr int64_t kTask = 1 << 18;  // multiply-adds that are worth another thread
+
+template <class A>
+const SoftmaxKernels<A>& kernels() {
+  if constexpr (sizeof(A) == 4) {
+    return KD_DISPATCH_ISA(softmax_float);
+  } else {
+    return KD_DISPATCH_ISA(softmax_double);
+  }
+}
+
+struct Sizes {
+  int64_t batch, d, e, n, m;
+  Sizes(const Tensor& query, const Tensor& key, const Tensor& value) {
+    KD_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3,
+             "softmax_affinity: need queries [B, d, n], keys [B, d, m] and values [B, e, m]");
+    KD_CHECK(
+        query.size(0) == key.size(0) && key.size(0) == value.size(0) && query.size(1) == key.size(1) &&
+            key.size(2) == value.size(2) && key.size(2) > 0,
+        "softmax_affinity: need one batch, queries as wide as keys, and as many values as keys, at least "
+        "one");
+    KD_CHECK(query.scalar_type() == key.scalar_type() && query.scalar_type() == value.scalar_type(),
+             "softmax_affinity: need one dtype");
+    batch = query.size(0), d = query.size(1), e = value.size(1), n = query.size(2), m = key.size(2);
+  }
+};
+
+// Keys and values of all images in blocks.
+template <class A>
+class Packed {
+ public:
+  Packed(const Sizes& s, Dtype dtype, const Tensor& key, const Tensor& value)
+      : blocks_((s.m + kernels<A>().keys - 1) / kernels<A>().keys),
+        key_(s.d * kernels<A>().packed_ld),
+        value_(s.e * kernels<A>().packed_ld),
+        data_(s.batch * blocks_ * (key_ + value_)) {
+    const SoftmaxKernels<A>& use = kernels<A>();
+    const int64_t grain = kTask / std::max<int64_t>(use.keys * (s.d + s.e), 1) + 1;
+    parallel_for(0, s.batch * blocks_, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t image = b / blocks_, first = b % blocks_ * use.keys;
+        const int64_t count = std::min(use.keys, s.m - first);
+        use.pack(dtype, position_map(&key, image), first, count, keys(image) + b % blocks_ * key_);
+        use.pack(dtype, position_map(&value, image), first, count, values(image) + b % blocks_ * value_);
+      }
+    });
+  }
+  A* keys(int64_t image) const { return data_.get() + image * blocks_ * (key_ + value_); }
+  A* values(int64_t image) const { return keys(image) + blocks_ * key_; }
+
+ private:
+  int64_t blocks_, key_, value_;
+  HugeBuffer<A> data_;
+};
+
+// Queries at a time: so many that `each` elements per query stay in the L2 cache.
+template <class A>
+int64_t block_of(int64_t most, int64_t elements, int64_t each) {
+  const int64_t strip = kernels<A>().strip;
+  return std::clamp(elements / std::max<int64_t>(each, 1) / strip * strip, strip, most);
+}
+
+template <class F>
+void with_accumulator(ScalarType dtype, const F& f) {
+  dtype == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> softmax_affinity_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                double scale) {
+  const Sizes s(query, key, value);
+  const Dtype dtype = dtype_of(query.scalar_type(), "softmax_affinity: the inputs");
+  Tensor out = new_positions(query, s.e);
+  Tensor saved = torch::stable::new_empty(query, {s.batch, 2, s.n},
+                                          dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float);
+  if (s.batch * s.n == 0) return {out, saved};
+  with_accumulator(query.scalar_type(), [&](auto zero) {
+    using A = decltype(zero);
+    const SoftmaxKernels<A>& use = kernels<A>();
+    const Packed<A> packed(s, dtype, key, value);
+    // An even number of blocks of one size, so that two threads share them evenly.
+    const int64_t most = block_of<A>(kBlock, kBlockElements, s.d + s.e);
+    const int64_t wanted = 2 * ((s.n + 2 * most - 1) / (2 * most));
+    const int64_t block = round_up((s.n + wanted - 1) / wanted, use.strip),
+                  blocks = (s.n + block - 1) / block;
+    SoftmaxCall<A> call{};
+    call.dtype = dtype, call.d = s.d, call.e = s.e, call.m = s.m, call.block = block, call.scale = scale;
+    const int64_t workers = std::max<int64_t>(s.batch * s.n * s.m * (s.d + s.e) / kTask, 1);
+    for_tasks<A>(s.batch * blocks, workers, use.workspace(call, false), [&](int64_t task, A* workspace) {
+      const int64_t image = task / blocks, first = task % blocks * block;
+      SoftmaxCall<A> part = call;
+      part.keys = packed.keys(image), part.values = packed.values(image);
+      part.maxima = static_cast<A*>(saved.data_ptr()) + image * 2 * s.n, part.inverses = part.maxima + s.n;
+      part.query = position_map(&query, image), part.out = position_map(&out, image);
+      use.forward(part, first, std::min(first + block, s.n), workspace);
+    });
+  });
+  return {out, saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& grad, const Tensor& query,
+                                                                 const Tensor& key, const Tensor& value,
+                                                                 const Tensor& out, const Tensor& saved,
+                                                                 double scale, bool need_query, bool need_key,
+                                                                 bool need_value) {
+  const Sizes s(query, key, value);
+  const Dtype dtype = dtype_of(query.scalar_type(), "softmax_affinity: the inputs");
+  for (const Tensor* x : {&grad, &out}) {
+    KD_CHECK(x->dim() == 3 && x->size(0) == s.batch && x->size(1) == s.e && x->size(2) == s.n &&
+                 x->scalar_type() == query.scalar_type(),
+             "softmax_affinity: result and gradient must be [", s.batch, ", ", s.e, ", ", s.n,
+             "] of the inputs' type");
+  }
+  KD_CHECK(saved.is_contiguous() && saved.numel() == s.batch * 2 * s.n &&
+               saved.scalar_type() == (dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float),
+           "softmax_affinity: what the forward saved must be [", s.batch, ", 2, ", s.n, "], contiguous");
+  Tensor grad_query = new_gradient(query, need_query), grad_key = new_gradient(key, need_key);
+  Tensor grad_value = new_gradient(value, need_value);
+  with_accumulator(query.scalar_type(), [&](auto zero) {
+    using A = decltype(zero);
+    const SoftmaxKernels<A>& use = kernels<A>();
+    if (s.batch == 0 || !(need_query || need_key || need_value)) return;
+    const Packed<A> packed(s, dtype, key, value);
+    const int64_t block = block_of<A>(kBlockBackward, kBlockElementsBackward, 3 * s.d + 2 * s.e);
+    // Parts of the queries, whole vectors of about one size.
+    const int64_t blocks = std::max<int64_t>((s.n + block - 1) / block, 1);
+    const int64_t parts = std::clamp((kParts + s.batch - 1) / s.batch, int64_t{1}, blocks);
+    const auto begin = [&](int64_t p) { return std::min(round_up(s.n * p / parts, 16), s.n); };
+    const int64_t size_key = need_key ? s.m * use.ld(s.d) : 0;
+    const int64_t size_value = need_value ? s.m * use.ld(s.e) : 0;
+    const int64_t step = size_key + size_value;
+    const HugeBuffer<A> sums(s.batch * parts * step);
+    if (s.n == 0) std::fill_n(sums.get(), s.batch * step, A(0));
+    SoftmaxCall<A> call{};
+    call.dtype = dtype, call.d = s.d, call.e = s.e, call.m = s.m, call.block = block, call.scale = scale;
+    const int64_t workers = std::max<int64_t>(s.batch * s.n * s.m * (s.d + s.e) / kTask, 1);
+    for_tasks<A>(s.batch * parts, workers, use.workspace(call, true), [&](int64_t task, A* workspace) {
+      const int64_t image = task / parts;
+      SoftmaxCall<A> part = call;
+      part.keys = packed.keys(image), part.values = packed.values(image);
+      part.maxima = static_cast<A*>(saved.data_ptr()) + image * 2 * s.n, part.inverses = part.maxima + s.n;
+      part.query = position_map(&query, image), part.out = position_map(&out, image);
+      part.grad_out = position_map(&grad, image);
+      if (need_query) part.grad_query = position_map(&grad_query, image);
+      if (need_key) part.grad_keys = sums.get() + task * step;
+      if (need_value) part.grad_values = sums.get() + task * step + size_key;
+      use.backward(part, begin(task % parts), begin(task % parts + 1), workspace);
+    });
+    const int64_t key_blocks = (s.m + use.keys - 1) / use.keys;
+    const int64_t grain = kTask / std::max<int64_t>(use.keys * (s.d + s.e) * parts, 1) + 1;
+    parallel_for(0, s.batch * key_blocks, grain, [&](int64_t from, int64_t to) {
+      for (int64_t b = from; b < to; ++b) {
+        const int64_t image = b / key_blocks, first = b % key_blocks * use.keys;
+        const int64_t count = std::min(use.keys, s.m - first);
+        A* const own = sums.get() + image * parts * step;
+        if (need_key) use.collect(dtype, own, parts, step, first, count, position_map(&grad_key, image));
+        if (need_value) {
+          use.collect(dtype, own + size_key, parts, step, first, count, position_map(&grad_value, image));
+        }
+      }
+    });
+  });
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace kd
