@@ -27,10 +27,12 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 192, kBlockBackward = 128;  // queries at a time, at most
+constexpr int64_t kBlock = 192, kBlockBackward = 96;  // queries at a time, at most
 constexpr int64_t kBlockElements = 3 << 14, kBlockElementsBackward = 5 << 14;
-constexpr int64_t kParts = 4;       // of all queries of a batch, at least
-constexpr int64_t kTask = 1 << 18;  // multiply-adds that are worth another thread
+constexpr int64_t kParts = 4;                 // of all queries of a batch
+constexpr int64_t kPart = 192, kRange = 512;  // queries and keys that are worth a part and a range       //
+                                              // of all queries of a batch, at least
+constexpr int64_t kTask = 1 << 18;            // multiply-adds that are worth another thread
 
 template <class A>
 const SoftmaxKernels<A>& kernels() {
@@ -57,31 +59,40 @@ struct Sizes {
   }
 };
 
-// Keys and values of all images in blocks.
+// Keys and values of all images in blocks of one size, a number of blocks that `ranges` divides.
 template <class A>
 class Packed {
  public:
-  Packed(const Sizes& s, Dtype dtype, const Tensor& key, const Tensor& value)
-      : blocks_((s.m + kernels<A>().keys - 1) / kernels<A>().keys),
-        key_(s.d * kernels<A>().packed_ld),
+  Packed(const Sizes& s, Dtype dtype, const Tensor& key, const Tensor& value, int64_t ranges)
+      : key_(s.d * kernels<A>().packed_ld),
         value_(s.e * kernels<A>().packed_ld),
+        m_(s.m),
+        ranges_(ranges),
+        size_(ceil_divide(s.m, round_up(ceil_divide(s.m, kernels<A>().keys), ranges))),
+        blocks_(ceil_divide(s.m, size_)),
         data_(s.batch * blocks_ * (key_ + value_)) {
-    const SoftmaxKernels<A>& use = kernels<A>();
-    const int64_t grain = kTask / std::max<int64_t>(use.keys * (s.d + s.e), 1) + 1;
+    const int64_t grain = kTask / std::max<int64_t>(size_ * (s.d + s.e), 1) + 1;
     parallel_for(0, s.batch * blocks_, grain, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        const int64_t image = b / blocks_, first = b % blocks_ * use.keys;
-        const int64_t count = std::min(use.keys, s.m - first);
-        use.pack(dtype, position_map(&key, image), first, count, keys(image) + b % blocks_ * key_);
-        use.pack(dtype, position_map(&value, image), first, count, values(image) + b % blocks_ * value_);
+        const int64_t image = b / blocks_, block = b % blocks_, first = block * size_;
+        const int64_t count = std::min(size_, s.m - first);
+        kernels<A>().pack(dtype, position_map(&key, image), first, count, keys(image) + block * key_);
+        kernels<A>().pack(dtype, position_map(&value, image), first, count, values(image) + block * value_);
       }
     });
   }
-  A* keys(int64_t image) const { return data_.get() + image * blocks_ * (key_ + value_); }
-  A* values(int64_t image) const { return keys(image) + blocks_ * key_; }
+  // The first key of a range; that of the last but one is their number.
+  int64_t first(int64_t range) const { return std::min(blocks_ * range / ranges_ * size_, m_); }
+  void fill(SoftmaxCall<A>& call, int64_t image, int64_t range) const {
+    const int64_t block = blocks_ * range / ranges_;
+    call.keys_block = size_, call.keys = first(range + 1) - first(range);
+    call.packed_keys = keys(image) + block * key_, call.packed_values = values(image) + block * value_;
+  }
 
  private:
-  int64_t blocks_, key_, value_;
+  A* keys(int64_t image) const { return data_.get() + image * blocks_ * (key_ + value_); }
+  A* values(int64_t image) const { return keys(image) + blocks_ * key_; }
+  int64_t key_, value_, m_, ranges_, size_, blocks_;
   HugeBuffer<A> data_;
 };
 
@@ -110,19 +121,19 @@ std::tuple<Tensor, Tensor> softmax_affinity_cpu(const Tensor& query, const Tenso
   with_accumulator(query.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const SoftmaxKernels<A>& use = kernels<A>();
-    const Packed<A> packed(s, dtype, key, value);
+    const Packed<A> packed(s, dtype, key, value, 1);
     // An even number of blocks of one size, so that two threads share them evenly.
     const int64_t most = block_of<A>(kBlock, kBlockElements, s.d + s.e);
     const int64_t wanted = 2 * ((s.n + 2 * most - 1) / (2 * most));
     const int64_t block = round_up((s.n + wanted - 1) / wanted, use.strip),
                   blocks = (s.n + block - 1) / block;
     SoftmaxCall<A> call{};
-    call.dtype = dtype, call.d = s.d, call.e = s.e, call.m = s.m, call.block = block, call.scale = scale;
+    call.dtype = dtype, call.d = s.d, call.e = s.e, call.block = block, call.scale = scale;
     const int64_t workers = std::max<int64_t>(s.batch * s.n * s.m * (s.d + s.e) / kTask, 1);
     for_tasks<A>(s.batch * blocks, workers, use.workspace(call, false), [&](int64_t task, A* workspace) {
       const int64_t image = task / blocks, first = task % blocks * block;
       SoftmaxCall<A> part = call;
-      part.keys = packed.keys(image), part.values = packed.values(image);
+      packed.fill(part, image, 0);
       part.maxima = static_cast<A*>(saved.data_ptr()) + image * 2 * s.n, part.inverses = part.maxima + s.n;
       part.query = position_map(&query, image), part.out = position_map(&out, image);
       use.forward(part, first, std::min(first + block, s.n), workspace);
@@ -151,44 +162,57 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
   Tensor grad_value = new_gradient(value, need_value);
   with_accumulator(query.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
-    const SoftmaxKernels<A>& use = kernels<A>();
     if (s.batch == 0 || !(need_query || need_key || need_value)) return;
-    const Packed<A> packed(s, dtype, key, value);
-    const int64_t block = block_of<A>(kBlockBackward, kBlockElementsBackward, 3 * s.d + 2 * s.e);
-    // Parts of the queries, whole vectors of about one size.
-    const int64_t blocks = std::max<int64_t>((s.n + block - 1) / block, 1);
-    const int64_t parts = std::clamp((kParts + s.batch - 1) / s.batch, int64_t{1}, blocks);
-    const auto begin = [&](int64_t p) { return std::min(round_up(s.n * p / parts, 16), s.n); };
+    const SoftmaxKernels<A>& use = kernels<A>();
+    // Each part of the queries adds to sums over queries, range after range of the keys, while other parts
+    // add to other ranges: the parts that share a set of sums meet no range at a time, and each range always
+    // in one order.
+    int64_t parts = 1, ranges = 1;
+    while (s.batch * parts < kParts && s.n >= parts * 2 * kPart) parts *= 2;
+    while (ranges < parts && s.m >= ranges * 2 * kRange) ranges *= 2;
+    const Packed<A> packed(s, dtype, key, value, ranges);
+    const auto begin = [&](int64_t part) { return std::min(round_up(s.n * part / parts, 16), s.n); };
+    const int64_t most = block_of<A>(kBlockBackward, kBlockElementsBackward, 3 * s.d + 2 * s.e);
+    const int64_t part_size = ceil_divide(s.n, parts) + 16, blocks = ceil_divide(part_size, most);
+    const int64_t block = most;
     const int64_t size_key = need_key ? s.m * use.ld(s.d) : 0;
     const int64_t size_value = need_value ? s.m * use.ld(s.e) : 0;
-    const int64_t step = size_key + size_value;
-    const HugeBuffer<A> sums(s.batch * parts * step);
+    const int64_t step = size_key + size_value, sets = parts / ranges;
+    const HugeBuffer<A> sums(s.batch * sets * step);
     if (s.n == 0) std::fill_n(sums.get(), s.batch * step, A(0));
+    const int64_t size_query = need_query ? blocks * s.d * use.ld(block) : 0;
+    const HugeBuffer<A> grad_queries(s.batch * parts * size_query);
     SoftmaxCall<A> call{};
-    call.dtype = dtype, call.d = s.d, call.e = s.e, call.m = s.m, call.block = block, call.scale = scale;
+    call.dtype = dtype, call.d = s.d, call.e = s.e, call.block = block, call.scale = scale;
     const int64_t workers = std::max<int64_t>(s.batch * s.n * s.m * (s.d + s.e) / kTask, 1);
-    for_tasks<A>(s.batch * parts, workers, use.workspace(call, true), [&](int64_t task, A* workspace) {
-      const int64_t image = task / parts;
-      SoftmaxCall<A> part = call;
-      part.keys = packed.keys(image), part.values = packed.values(image);
-      part.maxima = static_cast<A*>(saved.data_ptr()) + image * 2 * s.n, part.inverses = part.maxima + s.n;
-      part.query = position_map(&query, image), part.out = position_map(&out, image);
-      part.grad_out = position_map(&grad, image);
-      if (need_query) part.grad_query = position_map(&grad_query, image);
-      if (need_key) part.grad_keys = sums.get() + task * step;
-      if (need_value) part.grad_values = sums.get() + task * step + size_key;
-      use.backward(part, begin(task % parts), begin(task % parts + 1), workspace);
-    });
-    const int64_t key_blocks = (s.m + use.keys - 1) / use.keys;
-    const int64_t grain = kTask / std::max<int64_t>(use.keys * (s.d + s.e) * parts, 1) + 1;
+    for (int64_t turn = 0; turn < ranges; ++turn) {
+      for_tasks<A>(s.batch * parts, workers, use.workspace(call, true), [&](int64_t task, A* workspace) {
+        const int64_t image = task / parts, p = task % parts;
+        const int64_t range = (p + turn) % ranges, first = packed.first(range);
+        SoftmaxCall<A> part = call;
+        packed.fill(part, image, range);
+        part.maxima = static_cast<A*>(saved.data_ptr()) + image * 2 * s.n, part.inverses = part.maxima + s.n;
+        part.query = position_map(&query, image), part.out = position_map(&out, image);
+        part.grad_out = position_map(&grad, image);
+        if (need_query) part.grad_query = position_map(&grad_query, image);
+        part.grad_queries = grad_queries.get() + task * size_query;
+        part.first_keys = part.first_queries = turn == 0, part.last_keys = turn == ranges - 1;
+        A* const own = sums.get() + (image * sets + p / ranges) * step;
+        if (need_key) part.grad_keys = own + first * use.ld(s.d);
+        if (need_value) part.grad_values = own + size_key + first * use.ld(s.e);
+        use.backward(part, begin(p), begin(p + 1), workspace);
+      });
+    }
+    const int64_t key_blocks = ceil_divide(s.m, use.keys);
+    const int64_t grain = kTask / std::max<int64_t>(use.keys * (s.d + s.e) * sets, 1) + 1;
     parallel_for(0, s.batch * key_blocks, grain, [&](int64_t from, int64_t to) {
       for (int64_t b = from; b < to; ++b) {
         const int64_t image = b / key_blocks, first = b % key_blocks * use.keys;
         const int64_t count = std::min(use.keys, s.m - first);
-        A* const own = sums.get() + image * parts * step;
-        if (need_key) use.collect(dtype, own, parts, step, first, count, position_map(&grad_key, image));
+        A* const own = sums.get() + image * sets * step;
+        if (need_key) use.collect(dtype, own, sets, step, first, count, position_map(&grad_key, image));
         if (need_value) {
-          use.collect(dtype, own + size_key, parts, step, first, count, position_map(&grad_value, image));
+          use.collect(dtype, own + size_key, sets, step, first, count, position_map(&grad_value, image));
         }
       }
     });

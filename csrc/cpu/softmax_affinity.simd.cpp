@@ -13,7 +13,7 @@
 namespace kd::KD_ISA {
 namespace {
 
-constexpr int64_t kKeys = 128;
+constexpr int64_t kKeys = 96;  // a multiple of the rows that products hold in registers
 constexpr double kLog2E = 1.4426950408889634;
 
 template <class A>
@@ -24,15 +24,10 @@ template <class A>
 constexpr A kLowest = sizeof(A) == 4 ? static_cast<A>(-3.4028234663852886e38) : -1.7976931348623157e308;
 
 template <class A>
-int64_t larger(const SoftmaxCall<A>& call) {
-  return call.d > call.e ? call.d : call.e;
-}
-
-template <class A>
 int64_t workspace(const SoftmaxCall<A>& call, bool backward) {
   const int64_t ld = padded<A>(call.block), vectors = 4 * call.block;
   if (!backward) return vectors + (call.d + call.e) * ld + kKeys * kStrip<A>;
-  return vectors + (call.d + call.e + larger(call) + 2 * kKeys) * ld +
+  return vectors + (call.d + call.e + call.e + 2 * kKeys) * ld +
          call.block * (padded<A>(call.d) + padded<A>(call.e));
 }
 
@@ -61,6 +56,12 @@ void read_transposed(const PositionMap& map, int64_t first, int64_t count, A* to
   for (int64_t i = 0; map.channels < columns && i < count; ++i) {
     for (int64_t c = map.channels; c < columns; ++c) to[i * ld + c] = 0;
   }
+}
+
+// A block [rows, ld] that is read soon.
+template <class A>
+inline void fetch_block(Ahead& ahead, const A* block, int64_t rows, int64_t ld) {
+  fetch(ahead, {const_cast<A*>(block), 1, 0, 1}, 0, rows * ld, sizeof(A));
 }
 
 // 2^y for y that is at most 0 but for rounding, which an exponent of 1e9 may leave at 64.
@@ -119,22 +120,26 @@ void forward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace)
     A *const maximum = workspace, *const sum = maximum + p.block, *const inverse = sum + p.block;
     A *const s = workspace + 4 * p.block, *const q = s + kKeys * kStrip<A>, *const out = q + p.d * ld;
     const A factor = static_cast<A>(p.scale * kLog2E);
-    Ahead none;
     for (int64_t i = first; i < last; i += p.block) {
       const int64_t count = last - i < p.block ? last - i : p.block;
       const int64_t columns = (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
       read_block<T>(p.query, i, count, q, ld);
       for (int64_t c = 0; c < columns; ++c) maximum[c] = kLowest<A>;
-      const A *k = p.keys, *v = p.values;
-      for (int64_t j = 0; j < p.m; j += kKeys, k += p.d * kPacked<A>, v += p.e * kPacked<A>) {
-        const int64_t keys = p.m - j < kKeys ? p.m - j : kKeys;
+      const A *k = p.packed_keys, *v = p.packed_values;
+      for (int64_t j = 0; j < p.keys; j += p.keys_block, k += p.d * kPacked<A>, v += p.e * kPacked<A>) {
+        const int64_t keys = p.keys - j < p.keys_block ? p.keys - j : p.keys_block;
+        Ahead ahead;
+        if (j + keys < p.keys) {
+          fetch_block(ahead, k + p.d * kPacked<A>, p.d, kPacked<A>);
+          fetch_block(ahead, v + p.e * kPacked<A>, p.e, kPacked<A>);
+        }
         for (int64_t c = 0; c < columns; c += kStrip<A>) {
           const int64_t width = columns - c < kStrip<A> ? columns - c : kStrip<A>;
-          multiply<A, true>(k, kPacked<A>, q + c, ld, keys, width, p.d, false, s, kStrip<A>, none);
+          multiply<A, true>(k, kPacked<A>, q + c, ld, keys, width, p.d, false, s, kStrip<A>, ahead);
           for (int64_t x = 0; x < width; x += kLanes<A>) {
             weigh(s + x, kStrip<A>, keys, factor, maximum + c + x, sum + c + x, j == 0, out + c + x, ld, p.e);
           }
-          multiply<A, false>(v, kPacked<A>, s, kStrip<A>, p.e, width, keys, j != 0, out + c, ld, none);
+          multiply<A, false>(v, kPacked<A>, s, kStrip<A>, p.e, width, keys, j != 0, out + c, ld, ahead);
         }
       }
       for (int64_t c = 0; c < columns; c += kLanes<A>) {
@@ -179,12 +184,12 @@ void backward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace
     A *const times = inverse + p.block, *const minus = times + p.block;
     A *const s = minus + p.block, *const ds = s + kKeys * ld;  // [keys, queries]
     A *const q = ds + kKeys * ld, *const dout = q + p.d * ld;  // [channels, queries]
-    A* const dq = dout + p.e * ld;
-    A *const q_t = dq + larger(p) * ld, *const dout_t = q_t + p.block * ld_d;  // [queries, channels]
+    A* const out = dout + p.e * ld;
+    A *const q_t = out + p.e * ld, *const dout_t = q_t + p.block * ld_d;  // [queries, channels]
     const A factor = static_cast<A>(p.scale * kLog2E), scale = static_cast<A>(p.scale);
     const bool scores = p.grad_query.data || p.grad_keys;
-    Ahead none;
-    for (int64_t i = first; i < last; i += p.block) {
+    A* dq = p.grad_queries;
+    for (int64_t i = first; i < last; i += p.block, dq += p.d * ld) {
       const int64_t count = last - i < p.block ? last - i : p.block;
       const int64_t columns = (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
       for (int64_t c = 0; c < columns; ++c) {
@@ -194,7 +199,6 @@ void backward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace
       read_block<T>(p.query, i, count, q, ld);
       read_block<T>(p.grad_out, i, count, dout, ld);
       if (scores) {  // gradient of the weights minus its mean under them, y.dy
-        A* const out = dq;
         read_block<T>(p.out, i, count, out, ld);
         for (int64_t c = 0; c < columns; c += kLanes<A>) {
           Vec<A> mean = {};
@@ -213,33 +217,41 @@ void backward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace
           }
         }
       }
-      const A *k = p.keys, *v = p.values;
-      for (int64_t j = 0; j < p.m; j += kKeys, k += p.d * kPacked<A>, v += p.e * kPacked<A>) {
-        const int64_t keys = p.m - j < kKeys ? p.m - j : kKeys;
+      const A *k = p.packed_keys, *v = p.packed_values;
+      for (int64_t j = 0; j < p.keys; j += p.keys_block, k += p.d * kPacked<A>, v += p.e * kPacked<A>) {
+        const int64_t keys = p.keys - j < p.keys_block ? p.keys - j : p.keys_block;
+        Ahead ahead;
+        if (p.grad_values) fetch_block(ahead, p.grad_values + j * ld_e, keys, ld_e);
+        if (p.grad_keys) fetch_block(ahead, p.grad_keys + j * ld_d, keys, ld_d);
+        if (j + keys < p.keys) {
+          fetch_block(ahead, k + p.d * kPacked<A>, p.d, kPacked<A>);
+          fetch_block(ahead, v + p.e * kPacked<A>, p.e, kPacked<A>);
+        }
         for (int64_t c = 0; c < columns; c += kStrip<A>) {
           const int64_t width = columns - c < kStrip<A> ? columns - c : kStrip<A>;
-          multiply<A, true>(k, kPacked<A>, q + c, ld, keys, width, p.d, false, s + c, ld, none);
+          multiply<A, true>(k, kPacked<A>, q + c, ld, keys, width, p.d, false, s + c, ld, ahead);
           if (scores) {
-            multiply<A, true>(v, kPacked<A>, dout + c, ld, keys, width, p.e, false, ds + c, ld, none);
+            multiply<A, true>(v, kPacked<A>, dout + c, ld, keys, width, p.e, false, ds + c, ld, ahead);
             weigh_again<A, true>(s + c, ds + c, ld, keys, width, factor, maximum + c, times + c, minus + c);
           } else {
             weigh_again<A, false>(s + c, ds + c, ld, keys, width, factor, maximum + c, times + c, minus + c);
           }
           if (p.grad_query.data) {
-            multiply<A, false>(k, kPacked<A>, ds + c, ld, p.d, width, keys, j != 0, dq + c, ld, none);
+            multiply<A, false>(k, kPacked<A>, ds + c, ld, p.d, width, keys, j != 0 || !p.first_keys, dq + c,
+                               ld, ahead);
           }
         }
-        const bool add = i != first;
+        const bool add = i != first || !p.first_queries;
         if (p.grad_values) {
           multiply<A, false>(s, ld, dout_t, ld_e, keys, columns_e, count, add, p.grad_values + j * ld_e, ld_e,
-                             none);
+                             ahead);
         }
         if (p.grad_keys) {
           multiply<A, false>(ds, ld, q_t, ld_d, keys, columns_d, count, add, p.grad_keys + j * ld_d, ld_d,
-                             none);
+                             ahead);
         }
       }
-      if (p.grad_query.data) {
+      if (p.grad_query.data && p.last_keys) {
         write(dq, ld, p.d, count, at<T>(p.grad_query, i), p.grad_query.channel, p.grad_query.position);
       }
     }
@@ -247,13 +259,13 @@ void backward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace
 }
 
 template <class A>
-void collect(Dtype dtype, A* sums, int64_t parts, int64_t step, int64_t first, int64_t count,
+void collect(Dtype dtype, A* sums, int64_t sets, int64_t step, int64_t first, int64_t count,
              const PositionMap& map) {
   typed<A>(dtype, [&]<class T>(T) {
     const int64_t ld = padded<A>(map.channels);
     A* const to = sums + first * ld;
-    for (int64_t part = 1; part < parts; ++part) {
-      const A* const from = to + part * step;
+    for (int64_t set = 1; set < sets; ++set) {
+      const A* const from = to + set * step;
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t c = 0; c < map.channels; c += kLanes<A>) {
           store_vec(to + r * ld + c, load_vec(to + r * ld + c) + load_vec(from + r * ld + c));

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from .. import backend
 from ..reference import affinity as reference
 from ..reference._common import accumulator
 from . import _second
@@ -92,6 +94,28 @@ class _SoftmaxAffinity(torch.autograd.Function):
         return *(v if need else None for v, need in zip(found, needed, strict=True)), None
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The same by PyTorch's scaled dot-product attention; differentiable once.
+
+    Widths of keys and values are made equal with zeros, which change nothing, so that its backends without a matrix of
+    all pairs can be picked.
+    """
+    width = max(query.shape[1], value.shape[1])
+    # [B, 1, positions, width]: the backends read neighbours along the last axis.
+    q, k, v = (_padded(x.mT, width).contiguous()[:, None] for x in (query, key, value))
+    y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return y[:, 0, :, : value.shape[1]].mT
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[2] == width else F.pad(x, (0, width - x.shape[2]))
+
+
 def softmax_affinity(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """[B, e, n] of queries [B, d, n], keys [B, d, m] and values [B, e, m], one dtype, laid out as the queries are."""
+    """[B, e, n] of queries [B, d, n], keys [B, d, m] and values [B, e, m], one dtype."""
+    device = query.device.type
+    # On a GPU it is PyTorch's, whichever backend is asked for; autocast chooses its type.
+    chosen = backend.choose("softmax_affinity", device, ("triton", "cuda"))
+    if chosen != "cpu" or torch.is_autocast_enabled(device):
+        return attention(query, key, value, scale)
     return _SoftmaxAffinity.apply(query, key, value, scale)
