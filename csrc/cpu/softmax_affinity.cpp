@@ -122,11 +122,11 @@ std::tuple<Tensor, Tensor> softmax_affinity_cpu(const Tensor& query, const Tenso
     using A = decltype(zero);
     const SoftmaxKernels<A>& use = kernels<A>();
     const Packed<A> packed(s, dtype, key, value, 1);
-    // An even number of blocks of one size, so that two threads share them evenly.
+    // Blocks of one size, an even number in all, so that two threads share them evenly.
     const int64_t most = block_of<A>(kBlock, kBlockElements, s.d + s.e);
-    const int64_t wanted = 2 * ((s.n + 2 * most - 1) / (2 * most));
-    const int64_t block = round_up((s.n + wanted - 1) / wanted, use.strip),
-                  blocks = (s.n + block - 1) / block;
+    int64_t wanted = ceil_divide(s.n, most);
+    if (s.batch * wanted % 2 != 0 && s.n > use.strip) ++wanted;
+    const int64_t block = round_up(ceil_divide(s.n, wanted), use.strip), blocks = ceil_divide(s.n, block);
     SoftmaxCall<A> call{};
     call.dtype = dtype, call.d = s.d, call.e = s.e, call.block = block, call.scale = scale;
     const int64_t workers = std::max<int64_t>(s.batch * s.n * s.m * (s.d + s.e) / kTask, 1);

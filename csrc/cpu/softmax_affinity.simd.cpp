@@ -64,51 +64,58 @@ inline void fetch_block(Ahead& ahead, const A* block, int64_t rows, int64_t ld) 
   fetch(ahead, {const_cast<A*>(block), 1, 0, 1}, 0, rows * ld, sizeof(A));
 }
 
-// 2^y for y that is at most 0 but for rounding, which an exponent of 1e9 may leave at 64.
-template <class A>
-inline Vec<A> weight_of(Vec<A> y) {
-  return exp2_vec<A>(y > Vec<A>{} ? Vec<A>{} : y);
+// Queries as products with keys are to see them: exponents of 2 come out, rounded once, so that the largest
+// minus their maximum is 0, forward and backward alike.
+template <class T, class A>
+void read_queries(const SoftmaxCall<A>& p, int64_t first, int64_t count, A* to, int64_t ld) {
+  read_block<T>(p.query, first, count, to, ld);
+  const A factor = static_cast<A>(p.scale * kLog2E);
+  for (int64_t c = 0; c < p.d; ++c) {
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      store_vec(to + c * ld + i, factor * load_vec(to + c * ld + i));
+    }
+  }
 }
 
-// Scores [keys, ld] become weights 2^(factor s - max), one vector of queries; maximum and sum go on from the
+// Exponents [keys, ld] become weights 2^(s - max), one vector of queries; maximum and sum go on from the
 // blocks before, whose results `out` [e, ld_out] are scaled to the new maximum.
 template <class A>
-inline void weigh(A* s, int64_t ld, int64_t keys, A factor, A* maximum, A* sum, bool first, A* out,
-                  int64_t ld_out, int64_t e) {
+inline void weigh(A* s, int64_t ld, int64_t keys, A* maximum, A* sum, bool first, A* out, int64_t ld_out,
+                  int64_t e) {
   const Vec<A> old = load_vec(maximum);
   Vec<A> most[4] = {old, old, old, old};
   int64_t j = 0;
   for (; j + 4 <= keys; j += 4) {
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
-      const Vec<A> x = factor * load_vec(s + (j + u) * ld);
+      const Vec<A> x = load_vec(s + (j + u) * ld);
       most[u] = x > most[u] ? x : most[u];
     }
   }
   for (; j < keys; ++j) {
-    const Vec<A> x = factor * load_vec(s + j * ld);
+    const Vec<A> x = load_vec(s + j * ld);
     most[0] = x > most[0] ? x : most[0];
   }
   most[0] = most[1] > most[0] ? most[1] : most[0];
   most[2] = most[3] > most[2] ? most[3] : most[2];
   const Vec<A> now = most[2] > most[0] ? most[2] : most[0];
-  Vec<A> total[2] = {};
+  Vec<A> total = {};
   for (j = 0; j < keys; ++j) {
-    const Vec<A> w = weight_of<A>(factor * load_vec(s + j * ld) - now);
+    const Vec<A> w = exp2_vec<A>(load_vec(s + j * ld) - now);
     store_vec(s + j * ld, w);
-    total[j & 1] += w;
+    total += w;
   }
   if (first) {
-    store_vec(sum, total[0] + total[1]);
+    store_vec(sum, total);
     store_vec(maximum, now);
     return;
   }
   if (__builtin_memcmp(&old, &now, sizeof now) == 0) {
-    store_vec(sum, load_vec(sum) + (total[0] + total[1]));
+    store_vec(sum, load_vec(sum) + total);
     return;
   }
-  const Vec<A> less = weight_of<A>(old - now);
-  store_vec(sum, load_vec(sum) * less + (total[0] + total[1]));
+  const Vec<A> less = exp2_vec<A>(old - now);
+  store_vec(sum, load_vec(sum) * less + total);
   store_vec(maximum, now);
   for (int64_t c = 0; c < e; ++c) store_vec(out + c * ld_out, load_vec(out + c * ld_out) * less);
 }
@@ -119,11 +126,10 @@ void forward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace)
     const int64_t ld = padded<A>(p.block);
     A *const maximum = workspace, *const sum = maximum + p.block, *const inverse = sum + p.block;
     A *const s = workspace + 4 * p.block, *const q = s + kKeys * kStrip<A>, *const out = q + p.d * ld;
-    const A factor = static_cast<A>(p.scale * kLog2E);
     for (int64_t i = first; i < last; i += p.block) {
       const int64_t count = last - i < p.block ? last - i : p.block;
       const int64_t columns = (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-      read_block<T>(p.query, i, count, q, ld);
+      read_queries<T>(p, i, count, q, ld);
       for (int64_t c = 0; c < columns; ++c) maximum[c] = kLowest<A>;
       const A *k = p.packed_keys, *v = p.packed_values;
       for (int64_t j = 0; j < p.keys; j += p.keys_block, k += p.d * kPacked<A>, v += p.e * kPacked<A>) {
@@ -137,7 +143,7 @@ void forward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace)
           const int64_t width = columns - c < kStrip<A> ? columns - c : kStrip<A>;
           multiply<A, true>(k, kPacked<A>, q + c, ld, keys, width, p.d, false, s, kStrip<A>, ahead);
           for (int64_t x = 0; x < width; x += kLanes<A>) {
-            weigh(s + x, kStrip<A>, keys, factor, maximum + c + x, sum + c + x, j == 0, out + c + x, ld, p.e);
+            weigh(s + x, kStrip<A>, keys, maximum + c + x, sum + c + x, j == 0, out + c + x, ld, p.e);
           }
           multiply<A, false>(v, kPacked<A>, s, kStrip<A>, p.e, width, keys, j != 0, out + c, ld, ahead);
         }
@@ -157,18 +163,18 @@ void forward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace)
   });
 }
 
-// Weights without their sum, w = 2^(factor s - max), and gradients of the scores, w (times ds - minus), in
+// Weights without their sum, w = 2^(s - max), and gradients of the scores, w times (ds - mean), in
 // place of s and ds; one strip. Without kScores weights only.
 template <class A, bool kScores>
-inline void weigh_again(A* s, A* ds, int64_t ld, int64_t keys, int64_t width, A factor, const A* maximum,
-                        const A* times, const A* minus) {
+inline void weigh_again(A* s, A* ds, int64_t ld, int64_t keys, int64_t width, const A* maximum,
+                        const A* times, const A* mean) {
   for (int64_t x = 0; x < width; x += kLanes<A>) {
-    const Vec<A> most = load_vec(maximum + x), by = load_vec(times + x), less = load_vec(minus + x);
+    const Vec<A> most = load_vec(maximum + x), by = load_vec(times + x), less = load_vec(mean + x);
     for (int64_t j = 0; j < keys; ++j) {
-      const Vec<A> w = weight_of<A>(factor * load_vec(s + j * ld + x) - most);
+      const Vec<A> w = exp2_vec<A>(load_vec(s + j * ld + x) - most);
       store_vec(s + j * ld + x, w);
       if constexpr (kScores) {
-        store_vec(ds + j * ld + x, w * (by * load_vec(ds + j * ld + x) - less));
+        store_vec(ds + j * ld + x, (w * by) * (load_vec(ds + j * ld + x) - less));
       }
     }
   }
@@ -181,12 +187,12 @@ void backward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace
     const int64_t columns_d = (p.d + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
     const int64_t columns_e = (p.e + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
     A *const maximum = workspace, *const inverse = maximum + p.block;
-    A *const times = inverse + p.block, *const minus = times + p.block;
-    A *const s = minus + p.block, *const ds = s + kKeys * ld;  // [keys, queries]
+    A *const times = inverse + p.block, *const mean = times + p.block;
+    A *const s = mean + p.block, *const ds = s + kKeys * ld;   // [keys, queries]
     A *const q = ds + kKeys * ld, *const dout = q + p.d * ld;  // [channels, queries]
     A* const out = dout + p.e * ld;
     A *const q_t = out + p.e * ld, *const dout_t = q_t + p.block * ld_d;  // [queries, channels]
-    const A factor = static_cast<A>(p.scale * kLog2E), scale = static_cast<A>(p.scale);
+    const A scale = static_cast<A>(p.scale);
     const bool scores = p.grad_query.data || p.grad_keys;
     A* dq = p.grad_queries;
     for (int64_t i = first; i < last; i += p.block, dq += p.d * ld) {
@@ -196,16 +202,15 @@ void backward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace
         maximum[c] = c < count ? p.maxima[i + c] : 0;
         inverse[c] = c < count ? p.inverses[i + c] : 0;
       }
-      read_block<T>(p.query, i, count, q, ld);
+      read_queries<T>(p, i, count, q, ld);
       read_block<T>(p.grad_out, i, count, dout, ld);
       if (scores) {  // gradient of the weights minus its mean under them, y.dy
         read_block<T>(p.out, i, count, out, ld);
         for (int64_t c = 0; c < columns; c += kLanes<A>) {
-          Vec<A> mean = {};
-          for (int64_t r = 0; r < p.e; ++r) mean += load_vec(out + r * ld + c) * load_vec(dout + r * ld + c);
-          const Vec<A> by = load_vec(inverse + c) * scale;
-          store_vec(times + c, by);
-          store_vec(minus + c, mean * by);
+          Vec<A> sum = {};  // in the order of the product below: of one key the difference is 0
+          for (int64_t r = 0; r < p.e; ++r) sum += load_vec(dout + r * ld + c) * load_vec(out + r * ld + c);
+          store_vec(times + c, load_vec(inverse + c) * scale);
+          store_vec(mean + c, sum);
         }
       }
       if (p.grad_keys) read_transposed<T>(p.query, i, count, q_t, ld_d);
@@ -232,9 +237,9 @@ void backward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace
           multiply<A, true>(k, kPacked<A>, q + c, ld, keys, width, p.d, false, s + c, ld, ahead);
           if (scores) {
             multiply<A, true>(v, kPacked<A>, dout + c, ld, keys, width, p.e, false, ds + c, ld, ahead);
-            weigh_again<A, true>(s + c, ds + c, ld, keys, width, factor, maximum + c, times + c, minus + c);
+            weigh_again<A, true>(s + c, ds + c, ld, keys, width, maximum + c, times + c, mean + c);
           } else {
-            weigh_again<A, false>(s + c, ds + c, ld, keys, width, factor, maximum + c, times + c, minus + c);
+            weigh_again<A, false>(s + c, ds + c, ld, keys, width, maximum + c, times + c, mean + c);
           }
           if (p.grad_query.data) {
             multiply<A, false>(k, kPacked<A>, ds + c, ld, p.d, width, keys, j != 0 || !p.first_keys, dq + c,
