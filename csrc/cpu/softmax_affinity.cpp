@@ -63,24 +63,25 @@ struct Sizes {
 template <class A>
 class Packed {
  public:
-  Packed(const Sizes& s, Dtype dtype, const Tensor& key, const Tensor& value, int64_t ranges)
+  Packed(const Sizes& s, int64_t ranges)
       : key_(s.d * kernels<A>().packed_ld),
         value_(s.e * kernels<A>().packed_ld),
         m_(s.m),
         ranges_(ranges),
         size_(ceil_divide(s.m, round_up(ceil_divide(s.m, kernels<A>().keys), ranges))),
         blocks_(ceil_divide(s.m, size_)),
-        data_(s.batch * blocks_ * (key_ + value_)) {
-    const int64_t grain = kTask / std::max<int64_t>(size_ * (s.d + s.e), 1) + 1;
-    parallel_for(0, s.batch * blocks_, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const int64_t image = b / blocks_, block = b % blocks_, first = block * size_;
-        const int64_t count = std::min(size_, s.m - first);
-        kernels<A>().pack(dtype, position_map(&key, image), first, count, keys(image) + block * key_);
-        kernels<A>().pack(dtype, position_map(&value, image), first, count, values(image) + block * value_);
-      }
-    });
+        data_(s.batch * blocks_ * (key_ + value_)) {}
+  // The blocks from `first` on, counted over all images.
+  void pack(Dtype dtype, const Tensor& key, const Tensor& value, int64_t first, int64_t count) const {
+    for (int64_t b = first; b < first + count; ++b) {
+      const int64_t image = b / blocks_, block = b % blocks_, position = block * size_;
+      const int64_t positions = std::min(size_, m_ - position);
+      const auto pack_one = kernels<A>().pack;
+      pack_one(dtype, position_map(&key, image), position, positions, keys(image) + block * key_);
+      pack_one(dtype, position_map(&value, image), position, positions, values(image) + block * value_);
+    }
   }
+  int64_t blocks() const { return blocks_; }  // of an image
   // The first key of a range; that of the last but one is their number.
   int64_t first(int64_t range) const { return std::min(blocks_ * range / ranges_ * size_, m_); }
   void fill(SoftmaxCall<A>& call, int64_t image, int64_t range) const {
@@ -95,6 +96,14 @@ class Packed {
   int64_t key_, value_, m_, ranges_, size_, blocks_;
   HugeBuffer<A> data_;
 };
+
+// Before tasks that share an image's keys; where each image is one task, it packs its own.
+template <class A>
+void pack_all(const Packed<A>& packed, const Sizes& s, Dtype dtype, const Tensor& key, const Tensor& value) {
+  const int64_t grain = kTask / std::max<int64_t>(kernels<A>().keys * (s.d + s.e), 1) + 1;
+  parallel_for(0, s.batch * packed.blocks(), grain,
+               [&](int64_t begin, int64_t end) { packed.pack(dtype, key, value, begin, end - begin); });
+}
 
 // Queries at a time: so many that `each` elements per query stay in the L2 cache.
 template <class A>
@@ -121,17 +130,19 @@ std::tuple<Tensor, Tensor> softmax_affinity_cpu(const Tensor& query, const Tenso
   with_accumulator(query.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     const SoftmaxKernels<A>& use = kernels<A>();
-    const Packed<A> packed(s, dtype, key, value, 1);
+    const Packed<A> packed(s, 1);
     // Blocks of one size, an even number in all, so that two threads share them evenly.
     const int64_t most = block_of<A>(kBlock, kBlockElements, s.d + s.e);
     int64_t wanted = ceil_divide(s.n, most);
     if (s.batch * wanted % 2 != 0 && s.n > use.strip) ++wanted;
     const int64_t block = round_up(ceil_divide(s.n, wanted), use.strip), blocks = ceil_divide(s.n, block);
+    if (blocks > 1) pack_all(packed, s, dtype, key, value);
     SoftmaxCall<A> call{};
     call.dtype = dtype, call.d = s.d, call.e = s.e, call.block = block, call.scale = scale;
     const int64_t workers = std::max<int64_t>(s.batch * s.n * s.m * (s.d + s.e) / kTask, 1);
     for_tasks<A>(s.batch * blocks, workers, use.workspace(call, false), [&](int64_t task, A* workspace) {
       const int64_t image = task / blocks, first = task % blocks * block;
+      if (blocks == 1) packed.pack(dtype, key, value, image * packed.blocks(), packed.blocks());
       SoftmaxCall<A> part = call;
       packed.fill(part, image, 0);
       part.maxima = static_cast<A*>(saved.data_ptr()) + image * 2 * s.n, part.inverses = part.maxima + s.n;
@@ -170,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
     int64_t parts = 1, ranges = 1;
     while (s.batch * parts < kParts && s.n >= parts * 2 * kPart) parts *= 2;
     while (ranges < parts && s.m >= ranges * 2 * kRange) ranges *= 2;
-    const Packed<A> packed(s, dtype, key, value, ranges);
+    const Packed<A> packed(s, ranges);
+    if (parts > 1) pack_all(packed, s, dtype, key, value);
     const auto begin = [&](int64_t part) { return std::min(round_up(s.n * part / parts, 16), s.n); };
     const int64_t most = block_of<A>(kBlockBackward, kBlockElementsBackward, 3 * s.d + 2 * s.e);
     const int64_t part_size = ceil_divide(s.n, parts) + 16, blocks = ceil_divide(part_size, most);
@@ -180,6 +192,13 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
     const int64_t step = size_key + size_value, sets = parts / ranges;
     const HugeBuffer<A> sums(s.batch * sets * step);
     if (s.n == 0) std::fill_n(sums.get(), s.batch * step, A(0));
+    const auto collect = [&](int64_t image, int64_t first, int64_t count) {
+      A* const own = sums.get() + image * sets * step;
+      if (need_key) use.collect(dtype, own, sets, step, first, count, position_map(&grad_key, image));
+      if (need_value) {
+        use.collect(dtype, own + size_key, sets, step, first, count, position_map(&grad_value, image));
+      }
+    };
     const int64_t size_query = need_query ? blocks * s.d * use.ld(block) : 0;
     const HugeBuffer<A> grad_queries(s.batch * parts * size_query);
     SoftmaxCall<A> call{};
@@ -189,6 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
       for_tasks<A>(s.batch * parts, workers, use.workspace(call, true), [&](int64_t task, A* workspace) {
         const int64_t image = task / parts, p = task % parts;
         const int64_t range = (p + turn) % ranges, first = packed.first(range);
+        if (parts == 1) packed.pack(dtype, key, value, image * packed.blocks(), packed.blocks());
         SoftmaxCall<A> part = call;
         packed.fill(part, image, range);
         part.maxima = static_cast<A*>(saved.data_ptr()) + image * 2 * s.n, part.inverses = part.maxima + s.n;
@@ -201,19 +221,16 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
         if (need_key) part.grad_keys = own + first * use.ld(s.d);
         if (need_value) part.grad_values = own + size_key + first * use.ld(s.e);
         use.backward(part, begin(p), begin(p + 1), workspace);
+        if (parts == 1) collect(image, 0, s.m);
       });
     }
+    if (parts == 1) return;
     const int64_t key_blocks = ceil_divide(s.m, use.keys);
     const int64_t grain = kTask / std::max<int64_t>(use.keys * (s.d + s.e) * sets, 1) + 1;
     parallel_for(0, s.batch * key_blocks, grain, [&](int64_t from, int64_t to) {
       for (int64_t b = from; b < to; ++b) {
-        const int64_t image = b / key_blocks, first = b % key_blocks * use.keys;
-        const int64_t count = std::min(use.keys, s.m - first);
-        A* const own = sums.get() + image * sets * step;
-        if (need_key) use.collect(dtype, own, sets, step, first, count, position_map(&grad_key, image));
-        if (need_value) {
-          use.collect(dtype, own + size_key, sets, step, first, count, position_map(&grad_value, image));
-        }
+        const int64_t first = b % key_blocks * use.keys;
+        collect(b / key_blocks, first, std::min(use.keys, s.m - first));
       }
     });
   });
