@@ -13,7 +13,8 @@
 namespace kd::KD_ISA {
 namespace {
 
-constexpr int64_t kKeys = 96;  // a multiple of the rows that products hold in registers
+constexpr int64_t kKeys = 96;    // a multiple of the rows that products hold in registers
+constexpr int64_t kChunk = 128;  // of channels
 constexpr double kLog2E = 1.4426950408889634;
 
 template <class A>
@@ -75,6 +76,20 @@ void read_queries(const SoftmaxCall<A>& p, int64_t first, int64_t count, A* to, 
       store_vec(to + c * ld + i, factor * load_vec(to + c * ld + i));
     }
   }
+}
+
+// c [rows, columns] = a^T b over channels, in chunks: a strip of b stays in the L1 cache, and large sums,
+// whose rounding is that of the exponents, are added to less often.
+template <class A>
+inline void multiply_channels(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t rows,
+                              int64_t columns, int64_t channels, A* c, int64_t ld_c, Ahead& ahead) {
+  int64_t first = 0;
+  do {
+    const int64_t inner = channels - first < kChunk ? channels - first : kChunk;
+    multiply<A, true>(a + first * ld_a, ld_a, b + first * ld_b, ld_b, rows, columns, inner, first != 0, c,
+                      ld_c, ahead);
+    first += kChunk;
+  } while (first < channels);
 }
 
 // Exponents [keys, ld] become weights 2^(s - max), one vector of queries; maximum and sum go on from the
@@ -141,7 +156,7 @@ void forward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace)
         }
         for (int64_t c = 0; c < columns; c += kStrip<A>) {
           const int64_t width = columns - c < kStrip<A> ? columns - c : kStrip<A>;
-          multiply<A, true>(k, kPacked<A>, q + c, ld, keys, width, p.d, false, s, kStrip<A>, ahead);
+          multiply_channels(k, kPacked<A>, q + c, ld, keys, width, p.d, s, kStrip<A>, ahead);
           for (int64_t x = 0; x < width; x += kLanes<A>) {
             weigh(s + x, kStrip<A>, keys, maximum + c + x, sum + c + x, j == 0, out + c + x, ld, p.e);
           }
@@ -234,9 +249,9 @@ void backward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace
         }
         for (int64_t c = 0; c < columns; c += kStrip<A>) {
           const int64_t width = columns - c < kStrip<A> ? columns - c : kStrip<A>;
-          multiply<A, true>(k, kPacked<A>, q + c, ld, keys, width, p.d, false, s + c, ld, ahead);
+          multiply_channels(k, kPacked<A>, q + c, ld, keys, width, p.d, s + c, ld, ahead);
           if (scores) {
-            multiply<A, true>(v, kPacked<A>, dout + c, ld, keys, width, p.e, false, ds + c, ld, ahead);
+            multiply_channels(v, kPacked<A>, dout + c, ld, keys, width, p.e, ds + c, ld, ahead);
             weigh_again<A, true>(s + c, ds + c, ld, keys, width, maximum + c, times + c, mean + c);
           } else {
             weigh_again<A, false>(s + c, ds + c, ld, keys, width, maximum + c, times + c, mean + c);
