@@ -29,10 +29,10 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 192, kBlockBackward = 96;  // queries at a time, at most
 constexpr int64_t kBlockElements = 3 << 14, kBlockElementsBackward = 5 << 14;
-constexpr int64_t kParts = 4;                 // of all queries of a batch
-constexpr int64_t kPart = 192, kRange = 512;  // queries and keys that are worth a part and a range       //
-                                              // of all queries of a batch, at least
-constexpr int64_t kTask = 1 << 18;            // multiply-adds that are worth another thread
+constexpr int64_t kParts = 4;                 // of the queries of a batch; of kMany, twice as many
+constexpr int64_t kPart = 192, kRange = 512;  // queries that are worth a part, keys that are worth a range
+constexpr int64_t kMany = 8192;
+constexpr int64_t kTask = 1 << 18;  // multiply-adds that are worth another thread
 
 template <class A>
 const SoftmaxKernels<A>& kernels() {
@@ -179,14 +179,15 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
     // add to other ranges: the parts that share a set of sums meet no range at a time, and each range always
     // in one order.
     int64_t parts = 1, ranges = 1;
-    while (s.batch * parts < kParts && s.n >= parts * 2 * kPart) parts *= 2;
+    const int64_t wanted = s.n < kMany ? kParts : 2 * kParts;
+    while (s.batch * parts < wanted && s.n >= parts * 2 * kPart) parts *= 2;
     while (ranges < parts && s.m >= ranges * 2 * kRange) ranges *= 2;
     const Packed<A> packed(s, ranges);
     if (parts > 1) pack_all(packed, s, dtype, key, value);
     const auto begin = [&](int64_t part) { return std::min(round_up(s.n * part / parts, 16), s.n); };
     const int64_t most = block_of<A>(kBlockBackward, kBlockElementsBackward, 3 * s.d + 2 * s.e);
     const int64_t part_size = ceil_divide(s.n, parts) + 16, blocks = ceil_divide(part_size, most);
-    const int64_t block = most;
+    const int64_t block = round_up(ceil_divide(part_size, blocks), use.strip);
     const int64_t size_key = need_key ? s.m * use.ld(s.d) : 0;
     const int64_t size_value = need_value ? s.m * use.ld(s.e) : 0;
     const int64_t step = size_key + size_value, sets = parts / ranges;
