@@ -15,6 +15,7 @@
 #include "cpu/gram_ops.h"
 #include "cpu/masked_error_ops.h"
 #include "cpu/patch_gram.h"
+#include "cpu/softmax_affinity_ops.h"
 #ifdef KD_WITH_CUDA
 #include "cuda/attention_mask_ops.h"
 #include "cuda/gram_ops.h"
@@ -49,6 +50,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("masked_error_with_gradient", TORCH_BOX(&kd::masked_error_with_gradient_cpu));
   m.impl("patch_gram", TORCH_BOX(&kd::patch_gram_cpu));
   m.impl("patch_gram_backward", TORCH_BOX(&kd::patch_gram_backward_cpu));
+  m.impl("softmax_affinity", TORCH_BOX(&kd::softmax_affinity_cpu));
+  m.impl("softmax_affinity_backward", TORCH_BOX(&kd::softmax_affinity_backward_cpu));
 }
 
 #ifdef KD_WITH_CUDA

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 
@@ -30,14 +31,16 @@ class HugeBuffer {
   A* data_;
 };
 
-// f(task, workspace of `elements`) for each task, by at most `most` workers with a workspace each.
+// f(task, workspace of `elements`) for each task, by at most `most` workers with a workspace each. Whoever is
+// free takes the next, so results must not depend on who does.
 template <class A, class F>
 void for_tasks(int64_t tasks, int64_t most, int64_t elements, const F& f) {
   const int64_t workers = std::min({num_threads(), tasks, most});
   const HugeBuffer<A> workspace(workers * elements);
+  std::atomic<int64_t> next{0};
   parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t task = worker; task < tasks; task += workers) f(task, workspace.get() + worker * elements);
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) f(task, workspace.get() + worker * elements);
     }
   });
 }

@@ -7,8 +7,6 @@
 
 #include "cpu/dot_product.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
 #include "common/dtype.h"
@@ -17,6 +15,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "cpu/dot_product_ops.h"
+#include "cpu/position_tensors.h"
 
 namespace kd {
 
@@ -41,8 +40,6 @@ const DotKernels<A>& kernels() {
   }
 }
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 void check(const Tensor& query, const Tensor& key, const Tensor& value) {
   KD_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3,
            "dot_product: need queries [B, d, n], keys [B, d, m] and values [B, e, m]");
@@ -64,13 +61,6 @@ struct Pass {
 
   int64_t ld() const { return round_up(d, kernels<A>().lanes) + kernels<A>().lanes; }
 
-  DotMap map(const Tensor* t, int64_t image) const {
-    if (t == nullptr) return {};
-    auto* data = const_cast<char*>(static_cast<const char*>(t->const_data_ptr()));
-    data += image * t->stride(0) * static_cast<int64_t>(t->element_size());
-    return {data, t->size(1), t->stride(1), t->stride(2)};
-  }
-
   void run(Dtype dtype) const {
     if (batch == 0) return;
     // An even number of blocks of one size, so that two threads share them evenly.
@@ -87,15 +77,16 @@ struct Pass {
     }
     if (sums && n == 0) std::fill_n(partial.get(), batch * parts * size, A(0));
     const int64_t workers = std::max<int64_t>(batch * n * e * d / kTask, 1);
-    for_tasks<A>(
-        batch * parts, workers, kernels<A>().workspace(e, d, block), [&](int64_t task, A* workspace) {
-          const int64_t image = task / parts, part = task % parts;
-          const auto begin = [&](int64_t p) { return std::min(blocks * p / parts * block, n); };
-          kernels<A>().pass(
-              {dtype, e, d, block, map(x, image), map(y, image), map(out_x, image), map(out_y, image),
-               matrices.get() + image * size, sums ? partial.get() + task * size : nullptr, ld()},
-              begin(part), begin(part + 1), workspace);
-        });
+    for_tasks<A>(batch * parts, workers, kernels<A>().workspace(e, d, block),
+                 [&](int64_t task, A* workspace) {
+                   const int64_t image = task / parts, part = task % parts;
+                   const auto begin = [&](int64_t p) { return std::min(blocks * p / parts * block, n); };
+                   kernels<A>().pass(
+                       {dtype, e, d, block, position_map(x, image), position_map(y, image),
+                        position_map(out_x, image), position_map(out_y, image), matrices.get() + image * size,
+                        sums ? partial.get() + task * size : nullptr, ld()},
+                       begin(part), begin(part + 1), workspace);
+                 });
     if (!sums) return;
     A* to = static_cast<A*>(sums->data_ptr());
     parallel_for(0, batch * e, kTask / std::max<int64_t>(d * parts, 1) + 1, [&](int64_t first, int64_t last) {
@@ -110,15 +101,6 @@ struct Pass {
     });
   }
 };
-
-// [B, channels, n] laid out as the queries are, see the fake.
-Tensor new_positions(const Tensor& like, int64_t channels) {
-  const bool last = like.stride(1) < like.stride(2);
-  Tensor x = last ? torch::stable::new_empty(like, {like.size(0), like.size(2), channels})
-                  : torch::stable::new_empty(like, {like.size(0), channels, like.size(2)});
-  advise_huge_pages(x.data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()));
-  return last ? torch::stable::transpose(x, 1, 2) : x;
-}
 
 template <class F>
 void with_accumulator(ScalarType dtype, const F& f) {

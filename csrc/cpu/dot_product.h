@@ -5,15 +5,9 @@
 
 #include <cstdint>
 
-#include "common/storage.h"
+#include "cpu/position_map.h"
 
 namespace kd {
-
-// A map [channels, positions] of one image; strides in elements. data is null for a map that is not there.
-struct DotMap {
-  void* data;
-  int64_t channels, channel, position;
-};
 
 // One sweep over positions with maps x [e, n] and y [d, n]: where asked for,
 //   sums [e, d] = x y^T,   out_x [e, n] = matrix y,   out_y [d, n] = matrix^T x.
@@ -21,7 +15,7 @@ template <class A>
 struct DotPass {
   Dtype dtype;
   int64_t e, d, block;  // `block` positions at a time, whole vectors
-  DotMap x, y, out_x, out_y;
+  PositionMap x, y, out_x, out_y;
   const A* matrix;  // [e, ld]
   A* sums;          // [e, ld], or null
   int64_t ld;       // whole vectors

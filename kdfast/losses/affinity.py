@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..ops.affinity import affinity
 from ..ops.dot_product import dot_product
+from ..ops.softmax_affinity import softmax_affinity as softmax
 from ._common import check_float, describe
 
 
@@ -37,29 +37,23 @@ def dot_product_affinity(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
 
 def softmax_affinity(theta: Tensor, phi: Tensor, g: Tensor, *, scale: float | None = None) -> Tensor:
-    """y_i = Σ_j softmax_j(scale θ_i·φ_j) g_j, by PyTorch's scaled dot-product attention.
+    """y_i = Σ_j softmax_j(scale θ_i·φ_j) g_j, as flash attention, which holds no n x m matrix.
 
     Args:
         theta, phi, g: as in :func:`dot_product_affinity`.
         scale: None means 1, as in the published blocks (mmcv's default divides by sqrt(d)).
 
     Returns:
-        [B, e, H, W]. Differentiable in all three, once. PyTorch picks its backend; widths of keys and values are made
-        equal with zeros, which change nothing, so that the backends without an n x m matrix can be picked.
+        [B, e, H, W] in the inputs' dtype. Differentiable in all three. On the CPU by kernels of this library, in the
+        memory format of ``theta``; a second derivative takes the n x m matrix. On a GPU, under autocast and on the
+        ``reference`` backend by PyTorch's scaled dot-product attention, differentiable once.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
     """
     _check_maps(theta, phi, g)
-    e, width = g.shape[1], max(theta.shape[1], g.shape[1])
-    # [B, 1, positions, width]: the backends read neighbours along the last axis.
-    q, k, v = (_padded(x.flatten(2).mT, width).contiguous()[:, None] for x in (theta, phi, g))
-    y = F.scaled_dot_product_attention(q, k, v, scale=1.0 if scale is None else scale)
-    return y[:, 0, :, :e].mT.unflatten(2, theta.shape[2:])
-
-
-def _padded(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[2] == width else F.pad(x, (0, width - x.shape[2]))
+    q, k, v = (x.flatten(2) for x in (theta, phi, g))
+    return softmax(q, k, v, 1.0 if scale is None else float(scale)).unflatten(2, theta.shape[2:])
 
 
 def concatenation_affinity(a: Tensor, b: Tensor, g: Tensor) -> Tensor:

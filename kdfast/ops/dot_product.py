@@ -21,7 +21,7 @@ from . import _second
 from ._define import define, new_gradients, reference_gradients
 
 
-def _new_result(query: Tensor, value: Tensor) -> Tensor:
+def new_result(query: Tensor, value: Tensor) -> Tensor:
     """[B, e, n], neighbours along the axis that has them in the queries [B, d, n]."""
     batch, e, n = value.shape[0], value.shape[1], query.shape[2]
     if query.stride(1) < query.stride(2):
@@ -47,7 +47,7 @@ def _fake(query, key, value):
     weight = query.new_empty(
         (value.shape[0], value.shape[1], query.shape[1]), dtype=accumulator(query, key, value)
     )
-    return _new_result(query, value), weight
+    return new_result(query, value), weight
 
 
 def _fake_backward(grad, query, key, value, weight, *needed):
@@ -57,7 +57,7 @@ def _fake_backward(grad, query, key, value, weight, *needed):
 def _reference(query, key, value):
     dtype = accumulator(query, key, value)
     weight = _scaled(value.to(dtype), key.to(dtype).mT, 1 / key.shape[2])
-    return _new_result(query, value).copy_(weight @ query.to(dtype)), weight
+    return new_result(query, value).copy_(weight @ query.to(dtype)), weight
 
 
 def _reference_backward(grad, query, key, value, weight, *needed):
