@@ -196,6 +196,22 @@ def test_result_does_not_depend_on_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_groups_of_images():
+    """Maps of 2 MB an image, whose passes alternate between groups of images: every image gets its own result."""
+    tensors = inputs((5, 8, 128, 64, 64))
+    grad = torch.randn_like(tensors[2])
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(criss_cross, tensors, grad))
+    torch.set_num_threads(threads)
+    alone = [run(criss_cross, [v[i : i + 1] for v in tensors], grad[i : i + 1]) for i in range(5)]
+    for whole, parts in zip(results[0], zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-5, atol=2e-5)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_bad_input():
     query, key, value = inputs((2, 3, 4, 5, 6))
     with pytest.raises(TypeError, match="query: need a tensor"):

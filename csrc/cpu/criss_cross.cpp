@@ -30,6 +30,8 @@ using torch::stable::Tensor;
 constexpr int64_t kRowsTogether = 4, kColumnsTogether[] = {16, 8, 4}, kShare = 24;
 constexpr int64_t kSmallWorkspace = 64 << 10;  // not worth saving
 constexpr int64_t kTask = 1 << 20;             // multiply-adds for a thread to be worth its start
+constexpr int64_t kManyTasks = 16;             // for each thread: one more or less hardly matters
+constexpr int64_t kGroupBytes = 8 << 20;       // of maps, which fit into a cache with room to spare
 
 template <class A>
 const CrissCrossKernels<A>& kernels() {
@@ -71,42 +73,76 @@ bool side_by_side(const CrissCrossCall<A>& call) {
   return true;
 }
 
-// How a pass is cut into tasks: per image, vectors of columns, then blocks of lines from `rest` on. Depends
-// on shapes and strides only, so that results do not depend on the number of threads.
-struct Plan {
-  int64_t columns, most, vectors, rest, together, bytes;
-};
-
+// One direction over rows or columns, and how it is cut into tasks: per image, vectors of columns, then
+// blocks of lines from `rest` on. Depends on shapes and strides only, so that results do not depend on the
+// number of threads.
 template <class A>
-Plan plan_of(const Tensor& value, const CrissCrossCall<A>& call, bool is_backward) {
-  const CrissCrossKernels<A>& with = kernels<A>();
-  const int64_t size = sizeof(A), height = value.size(2), width = value.size(3);
-  const int64_t share = 4 * value.size(0) * height * width * (height + width) / kShare;
-  const auto fits = [&](int64_t lines) { return size * with.workspace(call, lines, is_backward) <= share; };
-  Plan plan{with.columns, std::max(share, kSmallWorkspace) / size, 0, 0, 1, 0};
-  if (side_by_side(call)) plan.vectors = call.lines / plan.columns;
-  plan.rest = plan.vectors * plan.columns;
-  if (value.stride(3) == 1 && value.stride(2) != 1) {
-    plan.together = kRowsTogether;
-    if (call.column) {
-      plan.together = *std::find_if(std::begin(kColumnsTogether), std::end(kColumnsTogether) - 1, fits);
+struct Pass {
+  CrissCrossCall<A> call;
+  bool is_backward;
+  int64_t columns, most, vectors, rest, blocks, bytes;
+
+  Pass(const Maps& maps, A* lse, A* delta, bool column, bool is_backward)
+      : call(call_of(maps, lse, delta, column)), is_backward(is_backward) {
+    const CrissCrossKernels<A>& with = kernels<A>();
+    const Tensor& value = *maps.value;
+    const int64_t size = sizeof(A), height = value.size(2), width = value.size(3);
+    const int64_t share = 4 * value.size(0) * height * width * (height + width) / kShare;
+    const auto fits = [&](int64_t lines) { return size * with.workspace(call, lines, is_backward) <= share; };
+    columns = with.columns, most = std::max(share, kSmallWorkspace) / size;
+    vectors = side_by_side(call) ? call.lines / columns : 0, rest = vectors * columns;
+    int64_t together = 1;
+    if (value.stride(3) == 1 && value.stride(2) != 1) {
+      together = kRowsTogether;
+      if (column)
+        together = *std::find_if(std::begin(kColumnsTogether), std::end(kColumnsTogether) - 1, fits);
+    }
+    blocks = (call.lines - rest + together - 1) / together, bytes = 0;
+    if (vectors) bytes = size * with.workspace_of_columns(call, most, is_backward);
+    if (blocks) {
+      const int64_t lines = std::min(together, call.lines - rest);
+      bytes = std::max(bytes, size * with.workspace(call, lines, is_backward));
     }
   }
-  if (plan.vectors) plan.bytes = size * with.workspace_of_columns(call, plan.most, is_backward);
-  if (plan.rest < call.lines) {
-    const int64_t lines = std::min(plan.together, call.lines - plan.rest);
-    plan.bytes = std::max(plan.bytes, size * with.workspace(call, lines, is_backward));
-  }
-  return plan;
-}
 
-template <class A>
-void run(const Maps& maps, A* lse, A* delta, bool is_backward) {
-  const CrissCrossKernels<A>& with = kernels<A>();
-  const Tensor& value = *maps.value;
-  const int64_t images = value.size(0), height = value.size(2), width = value.size(3);
-  for (const bool column : {false, true}) {
-    if (column && height == 1) return;  // no cell but the own one
+  int64_t tasks() const { return vectors + blocks; }
+
+  // Whether threads can share `images` images: all get as much, or nearly so, and none writes a line of the
+  // cache, nor one of a pair, that another writes too, as blocks of a few columns would.
+  bool divides(int64_t images, int64_t threads) const {
+    if (vectors ? blocks > 0 : call.column && call.value.line == 1) return false;
+    return images * tasks() >= kManyTasks * threads || images * tasks() % threads == 0;
+  }
+
+  void run(int64_t first_image, int64_t images) const {
+    const CrissCrossKernels<A>& with = kernels<A>();
+    const int64_t lines = (call.lines + tasks() - 1) / tasks();
+    const int64_t work = lines * call.length * call.length * (call.channels + call.values);
+    const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(work, 1));
+    parallel_for(0, images * tasks(), grain, [&](int64_t begin, int64_t end) {
+      const size_t whole = (static_cast<size_t>(bytes) + 63) / 64 * 64;
+      const std::unique_ptr<A, decltype(&std::free)> workspace(static_cast<A*>(std::aligned_alloc(64, whole)),
+                                                               &std::free);
+      KD_CHECK(workspace, "criss_cross: out of memory for a workspace of ", whole, " bytes");
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t image = first_image + i / tasks(), task = i % tasks();
+        if (task < vectors) {
+          const auto pass = is_backward ? with.backward_columns : with.forward_columns;
+          pass(call, image, task * columns, most, workspace.get());
+        } else {  // lines spread evenly over the blocks
+          const auto start = [&](int64_t block) { return rest + block * (call.lines - rest) / blocks; };
+          const int64_t first = start(task - vectors), count = start(task - vectors + 1) - first;
+          const auto pass = is_backward ? with.backward : with.forward;
+          pass(call, image, first, count, workspace.get());
+        }
+      }
+    });
+  }
+
+ private:
+  static CrissCrossCall<A> call_of(const Maps& maps, A* lse, A* delta, bool column) {
+    const Tensor& value = *maps.value;
+    const int64_t height = value.size(2), width = value.size(3);
     CrissCrossCall<A> call{};
     call.dtype = dtype_of(value.scalar_type(), "query");
     call.query = map_of(maps.query, column), call.key = map_of(maps.key, column);
@@ -118,28 +154,25 @@ void run(const Maps& maps, A* lse, A* delta, bool is_backward) {
     call.column = column, call.lse = lse, call.delta = delta;
     call.image_step = height * width, call.line_step = column ? 1 : width;
     call.position_step = column ? width : 1;
-    const Plan plan = plan_of(value, call, is_backward);
-    const int64_t tasks = plan.vectors + (call.lines - plan.rest + plan.together - 1) / plan.together;
-    const int64_t lines = plan.vectors ? plan.columns : plan.together;
-    const int64_t work = lines * call.length * call.length * (call.channels + call.values);
-    const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(work, 1));
-    parallel_for(0, images * tasks, grain, [&](int64_t begin, int64_t end) {
-      const size_t bytes = (static_cast<size_t>(plan.bytes) + 63) / 64 * 64;
-      const std::unique_ptr<A, decltype(&std::free)> workspace(static_cast<A*>(std::aligned_alloc(64, bytes)),
-                                                               &std::free);
-      KD_CHECK(workspace, "criss_cross: out of memory for a workspace of ", bytes, " bytes");
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t image = i / tasks, task = i % tasks;
-        if (task < plan.vectors) {
-          const auto pass = is_backward ? with.backward_columns : with.forward_columns;
-          pass(call, image, task * plan.columns, plan.most, workspace.get());
-        } else {
-          const int64_t first = plan.rest + (task - plan.vectors) * plan.together;
-          const auto pass = is_backward ? with.backward : with.forward;
-          pass(call, image, first, std::min(plan.together, call.lines - first), workspace.get());
-        }
-      }
-    });
+    return call;
+  }
+};
+
+// The passes alternate between groups of images, so that the second finds in cache what the first has read
+// and written; the backward begins with the images that the forward had last.
+template <class A>
+void run(const Maps& maps, A* lse, A* delta, bool is_backward) {
+  const Pass<A> rows(maps, lse, delta, false, is_backward), columns(maps, lse, delta, true, is_backward);
+  const int64_t images = maps.value->size(0), threads = num_threads();
+  const int64_t bytes = maps.value->element_size() * (maps.value->numel() + maps.query->numel()) *
+                        (is_backward ? 4 : 2) / images;
+  int64_t group = std::min(images, (kGroupBytes + bytes - 1) / bytes);
+  while (group < images && !(rows.divides(group, threads) && columns.divides(group, threads))) ++group;
+  const int64_t groups = (images + group - 1) / group;
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t first = (is_backward ? groups - 1 - i : i) * group, count = std::min(group, images - first);
+    rows.run(first, count);
+    if (maps.value->size(2) > 1) columns.run(first, count);  // of one row, no cell but the own one
   }
 }
 

@@ -75,6 +75,11 @@ struct Lines {
       for (int64_t i = n; i < width; ++i) to[row * ld + i] = 0;
     }
   }
+  // Where a map has the lines of a part as they would be packed, but for the steps between them; else null.
+  const A* rows_of(const CrissCrossMap& map, const Part& p) const {
+    const bool same = map.position == 1 && bytes() == static_cast<int64_t>(sizeof(A));
+    return same ? start_of<const A>(map, p) : nullptr;
+  }
   void unpack(const A* from, const CrissCrossMap& map, const Part& p) const {
     typed<A>(call.dtype, [&]<class T>(T) { unpack_as<T, A>(from, ld, map, p, n); });
   }
@@ -222,12 +227,16 @@ void backward(const CrissCrossCall<A>& call, int64_t image, int64_t first, int64
   lines.for_blocks(values, then, [&](const Part& p, Ahead& ahead) {
     lines.pack(call.grad_out, p, tile);
     if (need_scores && !call.column) {
-      lines.pack(call.out, p, second);
-      for (int64_t row = 0; row < count * p.channels; ++row) {
-        const A *const a = tile + row * ld, *const b = second + row * ld;
-        A* const to = delta + row / p.channels * ld;
-        for (int64_t i = 0; i < width; i += kLanes<A>) {
-          store_vec(to + i, load_vec(to + i) + load_vec(a + i) * load_vec(b + i));
+      const A* const in_place = lines.rows_of(call.out, p);
+      if (!in_place) lines.pack(call.out, p, second);
+      for (int64_t l = 0; l < count; ++l) {
+        for (int64_t c = 0; c < p.channels; ++c) {
+          const int64_t row = l * p.channels + c;
+          const A* const b =
+              in_place ? in_place + l * call.out.line + c * call.out.channel : second + row * ld;
+          const A* __restrict const a = tile + row * ld;
+          A* __restrict const to = delta + l * ld;
+          for (int64_t i = 0; i < lines.n; ++i) to[i] += a[i] * b[i];
         }
       }
     }

@@ -19,6 +19,10 @@ constexpr int kGroup = 6, kQueries = 4, kPositions = 4;
 constexpr int kGroup = 3, kQueries = 2, kPositions = 4;
 #endif
 
+// Channels whose products are added to scores at a time: reading and writing scores would cost as much as the
+// products of one group.
+constexpr int kDepth = 3 * kGroup;
+
 // Most terms of a sum of products: what it reads again and again stays in a first-level cache of 32 KB.
 constexpr int64_t kTerms = (24 << 10) / (kVectorBytes * (kGroup + kPositions));
 
@@ -117,31 +121,37 @@ struct Columns {
     coming.add(at(map, channel, position), map.channel * size, map.position * size, channels, positions);
   }
 
-  // tile [positions, kGroup] = up to kGroup channels of a map; those that do not exist are 0.
+  // tile [positions, row] = channels of a map, as many whole groups as hold them: those that do not exist are
+  // 0.
   void pack(const CrissCrossMap& map, int64_t channel, int64_t channels, int64_t position, int64_t positions,
-            A* tile) const {
-    for (int64_t c = 0; c < kGroup; ++c) {
+            A* tile, int64_t row) const {
+    const int64_t whole = (channels + kGroup - 1) / kGroup * kGroup;
+    for (int64_t c = 0; c < whole; ++c) {
       A* const to = tile + c * L;
       if (c < channels) {
         const A* const from = at(map, channel + c, position);
         for (int64_t p = 0; p < positions; ++p) {
-          store_vec(to + p * kGroup * L, load_vec(from + p * map.position));
+          store_vec(to + p * row * L, load_vec(from + p * map.position));
         }
       } else {
-        for (int64_t p = 0; p < positions; ++p) store_vec(to + p * kGroup * L, Vec<A>{});
+        for (int64_t p = 0; p < positions; ++p) store_vec(to + p * row * L, Vec<A>{});
       }
     }
   }
 
-  // scores [queries, keys] = (add ? scores : 0) + query^T key, of tiles. Works on whole blocks of positions:
-  // what lies between and behind those that exist is never read from the result.
-  void add_scores(const A* query, int64_t queries, const A* key, int64_t keys, bool add, A* scores,
-                  int64_t ld, Coming& coming) const {
+  // scores [queries, keys] = (add ? scores : 0) + query^T key, of a tile [queries, kDepth] and of the map of
+  // keys, a few of which are packed into `panel` at a time. Works on whole blocks of positions: what lies
+  // between and behind those that exist is never read from the result.
+  void add_scores(const A* query, int64_t queries, const CrissCrossMap& key, int64_t channel,
+                  int64_t channels, int64_t position, int64_t keys, A* panel, A* scores, int64_t ld,
+                  Coming& coming) const {
+    const bool add = channel > 0;
     for (int64_t j = 0; j < keys; j += kPositions) {
+      pack(key, channel, channels, position + j, least(kPositions, keys - j), panel, kDepth);
       for (int64_t i = 0; i < queries; i += kQueries) {
         Vec<A> sums[kQueries][kPositions] = {};
-        add_products<A, kQueries, kPositions>(query + i * kGroup * L, kGroup, 1, key + j * kGroup * L, kGroup,
-                                              1, kGroup, sums, coming);
+        add_products<A, kQueries, kPositions>(query + i * kDepth * L, kDepth, 1, panel, kDepth, 1, channels,
+                                              sums, coming);
 #pragma GCC unroll 8
         for (int r = 0; r < kQueries; ++r) {
 #pragma GCC unroll 8
@@ -155,11 +165,12 @@ struct Columns {
   }
 
   // result[c, i] = result[c, i] (* keep[i]) + sum over j of tile[j, c] scores(i, j) for up to kGroup channels
-  // and for positions i: queries, with keys for j, or the other way round (kTransposed).
+  // and for positions i: queries, with keys for j, or the other way round (kTransposed). Tiles are [terms,
+  // row].
   template <bool kTransposed>
-  void apply(const A* tile, int64_t terms, const A* scores, int64_t ld, const CrissCrossMap& result,
-             int64_t channel, int64_t channels, int64_t position, int64_t positions, const A* keep,
-             Coming& coming) const {
+  void apply(const A* tile, int64_t row, int64_t terms, const A* scores, int64_t ld,
+             const CrissCrossMap& result, int64_t channel, int64_t channels, int64_t position,
+             int64_t positions, const A* keep, Coming& coming) const {
     const int64_t unit = kTransposed ? 1 : ld, term = kTransposed ? ld : 1;
     for (int64_t i = 0; i < positions; i += kPositions) {
       A* const to = at(result, channel, position + i);
@@ -170,7 +181,7 @@ struct Columns {
         }
       }
       Vec<A> sums[kGroup][kPositions] = {}, kept[kPositions];
-      add_products<A, kGroup, kPositions>(tile, 1, kGroup, scores + i * unit * L, unit, term, terms, sums,
+      add_products<A, kGroup, kPositions>(tile, 1, row, scores + i * unit * L, unit, term, terms, sums,
                                           coming);
       for (int s = 0; s < kPositions; ++s) {
         kept[s] = keep && s < width ? load_vec(keep + (i + s) * L) : Vec<A>{} + 1;
@@ -217,11 +228,11 @@ struct Columns {
   }
 };
 
-// f(channel, channels, channels of the next group) for groups of channels.
+// f(channel, channels, channels of the next group) for groups of `group` channels.
 template <class F>
-inline void for_groups(int64_t channels, const F& f) {
-  for (int64_t c = 0; c < channels; c += kGroup) {
-    f(c, least(kGroup, channels - c), least(kGroup, channels - c - kGroup));
+inline void for_groups(int64_t channels, int64_t group, const F& f) {
+  for (int64_t c = 0; c < channels; c += group) {
+    f(c, least(group, channels - c), least(group, channels - c - group));
   }
 }
 
@@ -229,14 +240,16 @@ inline void for_groups(int64_t channels, const F& f) {
 // blocks, twice.
 template <class A>
 struct ForwardBlocks {
-  int64_t ld, queries, keys, scores, tile, kept, all;
+  int64_t ld, queries, keys, scores, panel, kept, all;
 
   ForwardBlocks(const CrissCrossCall<A>& call, int64_t most) {
-    const int64_t n = call.length, L = kLanes<A>, own = kGroup + 1;
+    const int64_t n = call.length, L = kLanes<A>, few = kPositions * kDepth;
     ld = (n + 3) / 4 * 4;
-    const int64_t fit = (most / L - ld * kGroup) / (ld + own) / 4 * 4;
+    const int64_t fit = (most / L - few) / (ld + kDepth + 1) / 4 * 4;
     queries = even_blocks(n, fit < 8 ? 8 : fit), keys = even_blocks(n, kTerms);
-    scores = queries * ld * L, tile = ld * kGroup * L, kept = scores + tile + queries * kGroup * L;
+    const int64_t for_scores = queries * kDepth + few, for_values = keys * kGroup;  // one after the other
+    scores = queries * ld * L, panel = scores + queries * kDepth * L;
+    kept = scores + (for_scores > for_values ? for_scores : for_values) * L;
     all = kept + queries * L;
   }
 };
@@ -246,10 +259,12 @@ struct BackwardBlocks {
   int64_t size, scores, tile, all;
 
   BackwardBlocks(const CrissCrossCall<A>& call, int64_t most) {
+    constexpr int64_t L = kLanes<A>;
+    const auto fits = [&](int64_t n) { return (2 * n * n + (n + kPositions) * kDepth) * L <= most; };
     size = 8;
-    while (size + 4 <= kTerms && 2 * (size + 4) * (size + 4 + kGroup) * kLanes<A> <= most) size += 4;
+    while (size + 4 <= kTerms && fits(size + 4)) size += 4;
     size = even_blocks(call.length, size);
-    scores = size * size * kLanes<A>, tile = size * kGroup * kLanes<A>, all = 2 * (scores + tile);
+    scores = size * size * L, tile = size * kDepth * L, all = 2 * scores + tile + kPositions * kDepth * L;
   }
 };
 
@@ -260,18 +275,17 @@ void forward_columns(const CrissCrossCall<A>& call, int64_t image, int64_t first
   const ForwardBlocks<A> blocks(call, most);
   const int64_t n = call.length, ld = blocks.ld;
   A *const scores = workspace, *const tile = scores + blocks.scores;
-  A *const queries = tile + blocks.tile, *const kept = workspace + blocks.kept;
+  A *const panel = workspace + blocks.panel, *const kept = workspace + blocks.kept;
   for (int64_t q0 = 0; q0 < n; q0 += blocks.queries) {
     const int64_t count = least(blocks.queries, n - q0);
-    for_groups(call.channels, [&](int64_t c, int64_t channels, int64_t next) {
+    for_groups(call.channels, kDepth, [&](int64_t c, int64_t channels, int64_t next) {
       Coming coming;
       columns.expect(coming, call.key, c + channels, next, 0, n);
-      columns.pack(call.key, c, channels, 0, n, tile);
-      columns.pack(call.query, c, channels, q0, count, queries);
-      columns.add_scores(queries, count, tile, n, c > 0, scores, ld, coming);
+      columns.pack(call.query, c, channels, q0, count, tile, kDepth);
+      columns.add_scores(tile, count, call.key, c, channels, 0, n, panel, scores, ld, coming);
     });
     columns.softmax(scores, ld, q0, count, kept);
-    for_groups(call.values, [&](int64_t c, int64_t channels, int64_t next) {
+    for_groups(call.values, kGroup, [&](int64_t c, int64_t channels, int64_t next) {
       for (int64_t k0 = 0; k0 < n; k0 += blocks.keys) {
         const int64_t keys = least(blocks.keys, n - k0), after = k0 + keys;
         Coming coming;
@@ -280,9 +294,9 @@ void forward_columns(const CrissCrossCall<A>& call, int64_t image, int64_t first
         } else {
           columns.expect(coming, call.value, c + channels, next, 0, blocks.keys);
         }
-        columns.pack(call.value, c, channels, k0, keys, tile);
-        columns.template apply<false>(tile, keys, scores + k0 * kLanes<A>, ld, call.out, c, channels, q0,
-                                      count, k0 > 0 ? nullptr : kept, coming);
+        columns.pack(call.value, c, channels, k0, keys, tile, kGroup);
+        columns.template apply<false>(tile, kGroup, keys, scores + k0 * kLanes<A>, ld, call.out, c, channels,
+                                      q0, count, k0 > 0 ? nullptr : kept, coming);
       }
     });
   }
@@ -297,16 +311,15 @@ void backward_columns(const CrissCrossCall<A>& call, int64_t image, int64_t firs
   const bool need_scores = call.grad_query.data || call.grad_key.data, need_value = call.grad_value.data;
   const int64_t n = call.length, size = blocks.size;
   A *const weights = workspace, *const slopes = weights + blocks.scores;
-  A *const left = slopes + blocks.scores, *const right = left + blocks.tile;
+  A *const tile = slopes + blocks.scores, *const panel = tile + blocks.tile;
   const auto block = [&](int64_t q0, int64_t k0) {
     const int64_t queries = least(size, n - q0), keys = least(size, n - k0);
-    for_groups(call.channels, [&](int64_t c, int64_t channels, int64_t next) {
+    for_groups(call.channels, kDepth, [&](int64_t c, int64_t channels, int64_t next) {
       Coming coming;
       columns.expect(coming, call.query, c + channels, next, q0, queries);
       columns.expect(coming, call.key, c + channels, next, k0, keys);
-      columns.pack(call.query, c, channels, q0, queries, left);
-      columns.pack(call.key, c, channels, k0, keys, right);
-      columns.add_scores(left, queries, right, keys, c > 0, weights, size, coming);
+      columns.pack(call.query, c, channels, q0, queries, tile, kDepth);
+      columns.add_scores(tile, queries, call.key, c, channels, k0, keys, panel, weights, size, coming);
     });
     for (int64_t i = 0; i < queries; ++i) {
       const Vec<A> lse = load_vec(columns.statistic(call.lse, q0 + i));
@@ -314,18 +327,19 @@ void backward_columns(const CrissCrossCall<A>& call, int64_t image, int64_t firs
       for (int64_t j = 0; j < keys; ++j) store_vec(w + j * L, power<A>(load_vec(w + j * L) - lse));
       if (q0 == k0) store_vec(w + i * L, Vec<A>{});
     }
-    for_groups(call.values, [&](int64_t c, int64_t channels, int64_t next) {
+    for_groups(call.values, kDepth, [&](int64_t c, int64_t channels, int64_t next) {
       Coming coming;
       columns.expect(coming, call.grad_out, c + channels, next, q0, queries);
-      columns.pack(call.grad_out, c, channels, q0, queries, left);
+      columns.pack(call.grad_out, c, channels, q0, queries, tile, kDepth);
       if (need_scores) {
         columns.expect(coming, call.value, c + channels, next, k0, keys);
-        columns.pack(call.value, c, channels, k0, keys, right);
-        columns.add_scores(left, queries, right, keys, c > 0, slopes, size, coming);
+        columns.add_scores(tile, queries, call.value, c, channels, k0, keys, panel, slopes, size, coming);
       }
       if (need_value) {
-        columns.template apply<true>(left, queries, weights, size, call.grad_value, c, channels, k0, keys,
-                                     nullptr, coming);
+        for_groups(channels, kGroup, [&](int64_t g, int64_t some, int64_t) {
+          columns.template apply<true>(tile + g * L, kDepth, queries, weights, size, call.grad_value, c + g,
+                                       some, k0, keys, nullptr, coming);
+        });
       }
     });
     if (!need_scores) return;
@@ -337,17 +351,17 @@ void backward_columns(const CrissCrossCall<A>& call, int64_t image, int64_t firs
         store_vec(s + j * L, load_vec(w + j * L) * (load_vec(s + j * L) - delta));
       }
     }
-    for_groups(call.channels, [&](int64_t c, int64_t channels, int64_t) {
+    for_groups(call.channels, kGroup, [&](int64_t c, int64_t channels, int64_t) {
       Coming none;
       if (call.grad_key.data) {
-        columns.pack(call.query, c, channels, q0, queries, left);
-        columns.template apply<true>(left, queries, slopes, size, call.grad_key, c, channels, k0, keys,
-                                     nullptr, none);
+        columns.pack(call.query, c, channels, q0, queries, tile, kGroup);
+        columns.template apply<true>(tile, kGroup, queries, slopes, size, call.grad_key, c, channels, k0,
+                                     keys, nullptr, none);
       }
       if (call.grad_query.data) {
-        columns.pack(call.key, c, channels, k0, keys, right);
-        columns.template apply<false>(right, keys, slopes, size, call.grad_query, c, channels, q0, queries,
-                                      nullptr, none);
+        columns.pack(call.key, c, channels, k0, keys, tile, kGroup);
+        columns.template apply<false>(tile, kGroup, keys, slopes, size, call.grad_query, c, channels, q0,
+                                      queries, nullptr, none);
       }
     });
   };

@@ -225,7 +225,22 @@ class Ahead {
     }
   }
 
-  // The addresses of at most `most` of them; returns how many.
+  // Addresses for the next `steps` steps, or null where none are left. What a product leaves is for the next.
+  const char* const* next(int64_t steps) {
+    if (steps > kQueue) return nullptr;
+    if (used_ + steps > queued_) {
+      const int64_t left = queued_ - used_;
+      __builtin_memmove(queue_, queue_ + used_, static_cast<size_t>(left) * sizeof *queue_);
+      queued_ = left + take(queue_ + left, kQueue - left), used_ = 0;
+      if (queued_ == 0) return nullptr;
+      for (; queued_ < steps; ++queued_) queue_[queued_] = queue_[queued_ - 1];
+    }
+    used_ += steps;
+    return queue_ + used_ - steps;
+  }
+
+ private:
+  // At most `most` of them; returns how many.
   int64_t take(const char** to, int64_t most) {
     int64_t taken = 0;
     while (taken < most && now_ < count_) {
@@ -243,13 +258,14 @@ class Ahead {
     return taken;
   }
 
- private:
   struct Stream {
     const char* at;
     int64_t inner, inner_step, middle, middle_step, outer, outer_step;
   };
   Stream streams_[4];
-  int64_t count_ = 0, now_ = 0, i_ = 0, m_ = 0, o_ = 0;
+  static constexpr int64_t kQueue = 512;
+  int64_t count_ = 0, now_ = 0, i_ = 0, m_ = 0, o_ = 0, queued_ = 0, used_ = 0;
+  const char* queue_[kQueue];
 };
 
 // f(T{}) with the storage type of the maps; float64 goes with A = double only.
@@ -306,19 +322,13 @@ inline void product_rows(int64_t rows, const A* a, int64_t ld_a, const A* b, int
 template <class A, bool kTransposed>
 void multiply(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t rows, int64_t columns,
               int64_t inner, bool add, A* c, int64_t ld_c, Ahead& ahead) {
-  constexpr int64_t kQueue = 512;
-  const char* queue[kQueue];
-  int64_t queued = 0, used = 0;
-  const char* const nothing = reinterpret_cast<const char*>(queue);
+  const char* const nothing = reinterpret_cast<const char*>(&nothing);
   const int64_t a_step = kTransposed ? 1 : ld_a;
   const auto panel = [&]<int V>(int64_t j) {
     for (int64_t r = 0; r < rows; r += kRows<V>) {
-      if (used + inner > queued && inner <= kQueue) queued = ahead.take(queue, kQueue), used = 0;
-      const bool some = used + inner <= queued;
-      const char* const* const next = some ? queue + used : &nothing;
+      const char* const* const next = ahead.next(inner);
       product_rows<A, kTransposed, V>(rows - r, a + r * a_step, ld_a, b + j, ld_b, inner, add,
-                                      c + r * ld_c + j, ld_c, next, some);
-      if (some) used += inner;
+                                      c + r * ld_c + j, ld_c, next ? next : &nothing, next != nullptr);
     }
   };
   int64_t j = 0;
