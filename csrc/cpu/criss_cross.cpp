@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <iterator>
 #include <memory>
@@ -107,10 +108,13 @@ struct Pass {
 
   int64_t tasks() const { return vectors + blocks; }
 
-  // Whether threads can share `images` images: all get as much, or nearly so, and none writes a line of the
-  // cache, nor one of a pair, that another writes too, as blocks of a few columns would.
+  // Whether no two tasks write to one line of the cache, nor to a pair of them, as blocks of a few columns
+  // would.
+  bool apart() const { return vectors ? blocks == 0 : !call.column || call.value.line != 1; }
+
+  // Whether threads can share `images` images: all get as much, or nearly so.
   bool divides(int64_t images, int64_t threads) const {
-    if (vectors ? blocks > 0 : call.column && call.value.line == 1) return false;
+    if (!apart()) return false;
     return images * tasks() >= kManyTasks * threads || images * tasks() % threads == 0;
   }
 
@@ -119,12 +123,13 @@ struct Pass {
     const int64_t lines = (call.lines + tasks() - 1) / tasks();
     const int64_t work = lines * call.length * call.length * (call.channels + call.values);
     const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(work, 1));
+    std::atomic<int64_t> next{0};
     parallel_for(0, images * tasks(), grain, [&](int64_t begin, int64_t end) {
       const size_t whole = (static_cast<size_t>(bytes) + 63) / 64 * 64;
       const std::unique_ptr<A, decltype(&std::free)> workspace(static_cast<A*>(std::aligned_alloc(64, whole)),
                                                                &std::free);
       KD_CHECK(workspace, "criss_cross: out of memory for a workspace of ", whole, " bytes");
-      for (int64_t i = begin; i < end; ++i) {
+      const auto run_task = [&](int64_t i) {
         const int64_t image = first_image + i / tasks(), task = i % tasks();
         if (task < vectors) {
           const auto pass = is_backward ? with.backward_columns : with.forward_columns;
@@ -135,6 +140,11 @@ struct Pass {
           const auto pass = is_backward ? with.backward : with.forward;
           pass(call, image, first, count, workspace.get());
         }
+      };
+      if (apart()) {  // tasks go to whoever is free
+        for (int64_t i; (i = next.fetch_add(1)) < images * tasks();) run_task(i);
+      } else {
+        for (int64_t i = begin; i < end; ++i) run_task(i);
       }
     });
   }
