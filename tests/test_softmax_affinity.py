@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
+import relation_checks as checks
 import torch
-from conftest import assert_as_accurate, needs_extension
+from conftest import needs_extension
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dot_product import DTYPES, FORMATS, inputs, run
+from relation_checks import DTYPES, FORMATS, NEEDED, inputs, run
 from torch import Tensor
 
 from kdfast import softmax_affinity as affinity_of_maps
-from kdfast import use_backend
 from kdfast.ops.softmax_affinity import attention, softmax_affinity
 from kdfast.reference import affinity as reference
 
@@ -26,26 +27,7 @@ def scaled(call, scale):
 
 
 def check(values: list[Tensor], last: bool = False, scale: float = 0.4, room: float = 0) -> list[Tensor]:
-    """Value and gradients against float64, as accurate as the matrix form; memory that is not written is NaN.
-
-    ``room``: how many times the matrix form's error more, where one rounding of large exponents makes all of it.
-    """
-    truth = run(scaled(reference.softmax, scale), [v.double() for v in values], last)
-    same = run(scaled(reference.softmax, scale), values, last)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        found = run(scaled(softmax_affinity, scale), values, last)
-    finally:
-        torch.use_deterministic_algorithms(before)
-    for f, s, t in zip(found, same, truth, strict=True):
-        assert f.shape == t.shape and f.dtype == s.dtype
-        if not t.numel():
-            continue
-        eps = {torch.float32: 2e-6, torch.float64: 1e-13}.get(f.dtype, torch.finfo(f.dtype).eps)
-        floor = eps * max(float(t.abs().max()), 1) + room * float((s.double() - t).abs().max())
-        assert_as_accurate(f, t, s, floor, "softmax affinity")
-    return found
+    return checks.check(scaled(softmax_affinity, scale), scaled(reference.softmax, scale), values, last, room)
 
 
 @FORMATS
@@ -81,23 +63,14 @@ def test_sizes(sizes, dtype, last):
     lasts=st.tuples(*(st.booleans() for _ in range(4))),
 )
 def test_any_sizes(sizes, lasts):
-    values = [v.mT.contiguous().mT if last else v for v, last in zip(inputs(*sizes), lasts[:3], strict=True)]
-    check(values, lasts[3])
+    check(checks.mixed_formats(inputs(*sizes), lasts[:3]), lasts[3])
 
 
 def test_strides():
-    query, key, value = inputs(2, 12, 10, 220, 230)
-    check([query[:, ::2], key[:, 1::2], value.flip(2)])
-    check([query[..., 7:], key[:1].expand_as(key), value[:, :1].expand_as(value)])
-    check([query[..., ::3], key[..., ::2], value[..., ::2]])
-    # One number, expanded, comes back as the gradient.
-    values = [v.requires_grad_() for v in (query, key, value)]
-    found = torch.autograd.grad(softmax_affinity(*values, 1.0).sum(), values)
-    truth = torch.autograd.grad(
-        reference.softmax(*(wide := [v.detach().double().requires_grad_() for v in values])).sum(), wide
-    )
-    for f, t in zip(found, truth, strict=True):
-        torch.testing.assert_close(f.double(), t, rtol=1e-4, atol=1e-4)
+    sizes = (2, 12, 10, 220, 230)
+    for values in checks.strided(sizes):
+        check(values)
+    checks.check_expanded_upstream(scaled(softmax_affinity, 1.0), reference.softmax, inputs(*sizes))
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 1e-30])
@@ -152,59 +125,21 @@ def test_infinite_and_undefined_exponents():
 
 
 def test_same_bits_for_any_number_of_threads():
-    values, threads = inputs(1, 30, 50, 1300, 2100), torch.get_num_threads()
-    expected = run(scaled(softmax_affinity, 0.3), values)
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            for found, other in zip(run(scaled(softmax_affinity, 0.3), values), expected, strict=True):
-                assert torch.equal(found, other)
-    finally:
-        torch.set_num_threads(threads)
+    checks.check_threads(scaled(softmax_affinity, 0.3), inputs(1, 30, 50, 1300, 2100))
 
 
 @FORMATS
 def test_gradients(last):
-    values = [v.requires_grad_() for v in inputs(2, 3, 2, 7, 5, torch.float64, last)]
-    call = scaled(softmax_affinity, 0.8)
-    assert torch.autograd.gradcheck(call, values)
-    assert torch.autograd.gradgradcheck(call, values)
-    x = values[1]
-    assert torch.autograd.gradgradcheck(lambda x: softmax_affinity(x, x, x, 0.8), [x])  # one map thrice
+    checks.check_gradients(scaled(softmax_affinity, 0.8), last)
 
 
-@pytest.mark.parametrize(
-    "needed",
-    [
-        (True, False, False),
-        (False, True, False),
-        (False, False, True),
-        (False, True, True),
-        (True, False, True),
-    ],
-)
+@NEEDED
 def test_only_what_is_needed(needed):
-    values = inputs(1, 9, 6, 900, 1100)
-    whole = run(scaled(softmax_affinity, 1.0), values)[1:]
-    values = [v.requires_grad_(need) for v, need in zip(values, needed, strict=True)]
-    y = softmax_affinity(*values, 1.0)
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float())
-    for v, w, need in zip(values, whole, needed, strict=True):
-        assert torch.equal(v.grad, w) if need else v.grad is None
+    checks.check_needed(scaled(softmax_affinity, 1.0), inputs(1, 9, 6, 900, 1100), needed)
 
 
 def test_goes_back_again():
-    """A second backward, a scaled one, and one whose results were overwritten before."""
-    values = [v.requires_grad_() for v in inputs(1, 8, 8, 600, 400)]
-    y = softmax_affinity(*values, 0.5)
-    up = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
-    first = torch.autograd.grad(y, values, up, retain_graph=True)
-    kept = [v.clone() for v in first]
-    for v in first:
-        v.fill_(NAN)
-    for factor in (1, -2):
-        for f, k in zip(torch.autograd.grad(y, values, factor * up, retain_graph=True), kept, strict=True):
-            torch.testing.assert_close(f, factor * k)
+    checks.check_backward_again(scaled(softmax_affinity, 0.5), inputs(1, 8, 8, 600, 400))
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -237,21 +172,9 @@ def maps(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [query.unflatten(2, (21, 13)), key.unflatten(2, (9, 11)), value.unflatten(2, (9, 11))]
 
 
-def own(y: Tensor) -> bool:
-    """Whether the op made this relation, not PyTorch's attention."""
-    return "_SoftmaxAffinity" in type(y.grad_fn.next_functions[0][0]).__name__
-
-
-def test_who_computes():
-    for dtype in DTYPES:
-        values = [v.requires_grad_() for v in maps(dtype)]
-        assert own(affinity_of_maps(*values))
-    with use_backend("reference"):
-        assert not own(affinity_of_maps(*values))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert affinity_of_maps(*values).dtype == torch.bfloat16
-    with torch.no_grad():
-        assert not affinity_of_maps(*values).requires_grad
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_who_computes(dtype):
+    checks.check_who_computes(affinity_of_maps, maps(dtype), "_SoftmaxAffinity")
 
 
 def test_attention_of_pytorch():
@@ -263,11 +186,7 @@ def test_attention_of_pytorch():
 
 
 def test_compiles_without_graph_breaks():
-    values = [v.requires_grad_() for v in maps()]
-    expected = torch.autograd.grad(affinity_of_maps(*values, scale=0.3).square().sum(), values)
-    total = torch.compile(lambda *v: affinity_of_maps(*v, scale=0.3).square().sum(), fullgraph=True)
-    for f, e in zip(torch.autograd.grad(total(*values), values), expected, strict=True):
-        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5 * float(e.abs().max()))
+    checks.check_compiles(partial(affinity_of_maps, scale=0.3), maps())
 
 
 def test_wrong_input_is_named():
