@@ -26,8 +26,10 @@ from kdfast.kernels import _jit
 from kdfast.kernels._jit import Kernel, jit
 from kdfast.kernels._launch import View
 
+if backend.interpreting():
+    pytest.skip("the interpreter replaces the launcher", allow_module_level=True)
+
 pytestmark = [
-    pytest.mark.skipif(backend.interpreting(), reason="the interpreter replaces the launcher"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="this process has a real driver"),
     pytest.mark.skipif(fake_cuda.COMPILER is None, reason="the driver is made by a C compiler"),
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
