@@ -135,7 +135,7 @@ class Emulated:
 def emulated(library, monkeypatch):
     """kdfast's autograd functions over the emulated kernels."""
     ops = Emulated(library)
-    monkeypatch.setattr(op, "_op", lambda name, triton: getattr(ops, name))
+    monkeypatch.setattr(op, "op_of", lambda name, triton: getattr(ops, name))
     monkeypatch.setattr(op.backend, "choose", lambda *_: "cuda")
     return ops
 
