@@ -248,7 +248,7 @@ def test_opcheck(through):
 
 def test_reference_op_is_the_same():
     """What runs where no kernel is registered, against the C++ kernels: every output and gradient."""
-    from kdfast.ops import _attention_ops as op
+    from kdfast.ops import attention_mask_ops as op
 
     x, y, z = maps(2, 5, 3, 7, dtype=torch.float64)
     for adapted in (None, z):

@@ -8,6 +8,7 @@ from conftest import needs_extension
 from criss_cross_checks import check, dense, inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from relation_checks import same_for_any_threads
 
 import kdfast
 from kdfast import backend, criss_cross_attention
@@ -187,29 +188,17 @@ def test_compiles_without_a_break(on_backend):
 def test_result_does_not_depend_on_threads():
     tensors = inputs((2, 16, 40, 30, 42))
     grad = torch.randn_like(tensors[2])
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(run(criss_cross, tensors, grad))
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    same_for_any_threads(lambda: run(criss_cross, tensors, grad))
 
 
 def test_groups_of_images():
     """Maps of 2 MB an image, whose passes alternate between groups of images: every image gets its own result."""
     tensors = inputs((5, 8, 128, 64, 64))
     grad = torch.randn_like(tensors[2])
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(run(criss_cross, tensors, grad))
-    torch.set_num_threads(threads)
+    together = same_for_any_threads(lambda: run(criss_cross, tensors, grad))
     alone = [run(criss_cross, [v[i : i + 1] for v in tensors], grad[i : i + 1]) for i in range(5)]
-    for whole, parts in zip(results[0], zip(*alone, strict=True), strict=True):
+    for whole, parts in zip(together, zip(*alone, strict=True), strict=True):
         torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-5, atol=2e-5)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_bad_input():

@@ -73,7 +73,8 @@ def test_large_half_precision_sums():
 
 
 def test_same_bits_for_any_number_of_threads():
-    checks.check_threads(dot_product, inputs(2, 70, 50, 3000, 2100))
+    values = inputs(2, 70, 50, 3000, 2100)
+    checks.same_for_any_threads(lambda: checks.run(dot_product, values))
 
 
 @FORMATS

@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
         part.grad_out = position_map(&grad, image);
         if (need_query) part.grad_query = position_map(&grad_query, image);
         part.grad_queries = grad_queries.get() + task * size_query;
-        part.first_keys = part.first_queries = turn == 0, part.last_keys = turn == ranges - 1;
+        part.first = turn == 0, part.last = turn == ranges - 1;
         A* const own = sums.get() + (image * sets + p / ranges) * step;
         if (need_key) part.grad_keys = own + first * use.ld(s.d);
         if (need_value) part.grad_values = own + size_key + first * use.ld(s.e);

@@ -23,9 +23,8 @@ struct SoftmaxCall {
   // Backward only.
   PositionMap grad_out, grad_query;
   A* grad_queries;  // per block of queries [d, ld of the block]: their sums, kept from call to call
-  bool first_keys, last_keys;  // start those sums, write them to grad_query
   A *grad_keys, *grad_values;  // [keys, ld of the channels], or null: sums over queries
-  bool first_queries;          // start those sums
+  bool first, last;            // of the ranges of keys: start all those sums; write grad_query
 };
 
 template <class A>

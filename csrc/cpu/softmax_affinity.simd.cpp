@@ -257,11 +257,11 @@ void backward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace
             weigh_again<A, false>(s + c, ds + c, ld, keys, width, maximum + c, times + c, mean + c);
           }
           if (p.grad_query.data) {
-            multiply<A, false>(k, kPacked<A>, ds + c, ld, p.d, width, keys, j != 0 || !p.first_keys, dq + c,
-                               ld, ahead);
+            multiply<A, false>(k, kPacked<A>, ds + c, ld, p.d, width, keys, j != 0 || !p.first, dq + c, ld,
+                               ahead);
           }
         }
-        const bool add = i != first || !p.first_queries;
+        const bool add = i != first || !p.first;
         if (p.grad_values) {
           multiply<A, false>(s, ld, dout_t, ld_e, keys, columns_e, count, add, p.grad_values + j * ld_e, ld_e,
                              ahead);
@@ -271,7 +271,7 @@ void backward(const SoftmaxCall<A>& p, int64_t first, int64_t last, A* workspace
                              ahead);
         }
       }
-      if (p.grad_query.data && p.last_keys) {
+      if (p.grad_query.data && p.last) {
         write(dq, ld, p.d, count, at<T>(p.grad_query, i), p.grad_query.channel, p.grad_query.position);
       }
     }

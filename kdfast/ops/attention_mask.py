@@ -21,7 +21,7 @@ from ..reference import attention_mask as reference
 from ..reference._common import accumulator
 from ..reference.attention_mask import Settings
 from . import _early, _second
-from ._attention_ops import op_of, with_gradient
+from .attention_mask_ops import op_of, with_gradient
 
 
 class _AttentionMask(torch.autograd.Function):
