@@ -75,10 +75,9 @@ struct Lines {
       for (int64_t i = n; i < width; ++i) to[row * ld + i] = 0;
     }
   }
-  // Where a map has the lines of a part as they would be packed, but for the steps between them; else null.
-  const A* rows_of(const CrissCrossMap& map, const Part& p) const {
-    const bool same = map.position == 1 && bytes() == static_cast<int64_t>(sizeof(A));
-    return same ? start_of<const A>(map, p) : nullptr;
+  // Whether a map has lines as they would be packed, but for the steps between them.
+  bool in_place(const CrissCrossMap& map) const {
+    return map.position == 1 && bytes() == static_cast<int64_t>(sizeof(A));
   }
   void unpack(const A* from, const CrissCrossMap& map, const Part& p) const {
     typed<A>(call.dtype, [&]<class T>(T) { unpack_as<T, A>(from, ld, map, p, n); });
@@ -92,22 +91,48 @@ struct Lines {
                         ahead);
     }
   }
-  // The tile `to` [channels, n] of every line = (add ? to : 0) + from * scores.
-  void apply(const A* from, const A* scores, int64_t channels, bool add, A* to, Ahead& ahead) const {
-    for (int64_t l = 0; l < count; ++l) {
-      const int64_t at = l * channels * ld;
-      multiply<A, false>(from + at, ld, scores + l * n * ld, ld, channels, width, n, add, to + at, ld, ahead);
-    }
+
+  // Rows [channels, n] of every line, in a tile or where they lie in a map.
+  struct Rows {
+    A* at;
+    int64_t channel, line;
+  };
+  Rows in_tile(A* tile, const Part& p) const { return {tile, ld, p.channels * ld}; }
+  Rows rows_of(const CrissCrossMap& map, const Part& p) const {
+    return {start_of<A>(map, p), map.channel, map.line};
+  }
+  Rows packed(const CrissCrossMap& map, const Part& p, A* tile) const {
+    if (in_place(map)) return rows_of(map, p);
+    pack(map, p, tile);
+    return in_tile(tile, p);
   }
 
-  // result (+)= from * scores, block by block, through two tiles.
-  void accumulate(const CrissCrossMap& from, const A* scores, const CrissCrossMap& result, const Phase& then,
-                  A* first_tile, A* second_tile) const {
+  // result (+)= from * scores, in place in the row pass where that can be; else through a tile. `keep`, if
+  // any, is what the column pass multiplies the result with before, [count, ld].
+  void apply(const Rows& from, const A* scores, const CrissCrossMap& result, const Part& p, const A* keep,
+             A* tile, Ahead& ahead) const {
+    const bool add = call.column, direct = !add && in_place(result);
+    const Rows to = direct ? rows_of(result, p) : in_tile(tile, p);
+    if (add) pack(result, p, tile);
+    for (int64_t row = 0; keep && row < count * p.channels; ++row) {
+      A* const x = tile + row * ld;
+      const A* const share = keep + row / p.channels * ld;
+      for (int64_t i = 0; i < width; i += kLanes<A>) {
+        store_vec(x + i, load_vec(x + i) * load_vec(share + i));
+      }
+    }
+    for (int64_t l = 0; l < count; ++l) {
+      multiply<A, false>(from.at + l * from.line, from.channel, scores + l * n * ld, ld, p.channels,
+                         direct ? n : width, n, add, to.at + l * to.line, to.channel, ahead);
+    }
+    if (!direct) unpack(tile, result, p);
+  }
+
+  // The same for all channels of query or key, block by block.
+  void apply_all(const CrissCrossMap& from, const A* scores, const CrissCrossMap& result, const Phase& then,
+                 A* first_tile, A* second_tile) const {
     for_blocks({call.channels, {&from, &result}}, then, [&](const Part& p, Ahead& ahead) {
-      pack(from, p, first_tile);
-      if (call.column) pack(result, p, second_tile);
-      apply(first_tile, scores, p.channels, call.column, second_tile, ahead);
-      unpack(second_tile, result, p);
+      apply(packed(from, p, first_tile), scores, result, p, nullptr, second_tile, ahead);
     });
   }
 
@@ -175,18 +200,8 @@ void forward(const CrissCrossCall<A>& call, int64_t image, int64_t first, int64_
   }
   lines.write(lse, call.lse);
   lines.for_blocks(values, {}, [&](const Part& p, Ahead& ahead) {
-    lines.pack(call.value, p, tile);
-    if (call.column) {
-      lines.pack(call.out, p, second);
-      for (int64_t row = 0; row < count * p.channels; ++row) {
-        A *const to = second + row * ld, *const share = kept + row / p.channels * ld;
-        for (int64_t i = 0; i < width; i += kLanes<A>) {
-          store_vec(to + i, load_vec(to + i) * load_vec(share + i));
-        }
-      }
-    }
-    lines.apply(tile, scores, p.channels, call.column, second, ahead);
-    lines.unpack(second, call.out, p);
+    lines.apply(lines.packed(call.value, p, tile), scores, call.out, p, call.column ? kept : nullptr, second,
+                ahead);
   });
 }
 
@@ -227,14 +242,11 @@ void backward(const CrissCrossCall<A>& call, int64_t image, int64_t first, int64
   lines.for_blocks(values, then, [&](const Part& p, Ahead& ahead) {
     lines.pack(call.grad_out, p, tile);
     if (need_scores && !call.column) {
-      const A* const in_place = lines.rows_of(call.out, p);
-      if (!in_place) lines.pack(call.out, p, second);
+      const auto out = lines.packed(call.out, p, second);
       for (int64_t l = 0; l < count; ++l) {
         for (int64_t c = 0; c < p.channels; ++c) {
-          const int64_t row = l * p.channels + c;
-          const A* const b =
-              in_place ? in_place + l * call.out.line + c * call.out.channel : second + row * ld;
-          const A* __restrict const a = tile + row * ld;
+          const A* __restrict const a = tile + (l * p.channels + c) * ld;
+          const A* __restrict const b = out.at + l * out.line + c * out.channel;
           A* __restrict const to = delta + l * ld;
           for (int64_t i = 0; i < lines.n; ++i) to[i] += a[i] * b[i];
         }
@@ -244,11 +256,7 @@ void backward(const CrissCrossCall<A>& call, int64_t image, int64_t first, int64
       lines.pack(call.value, p, second);
       lines.add_scores(tile, second, p.channels, p.channel > 0, slopes, ahead);
     }
-    if (need_value) {
-      if (call.column) lines.pack(call.grad_value, p, second);
-      lines.apply(tile, weights, p.channels, call.column, second, ahead);
-      lines.unpack(second, call.grad_value, p);
-    }
+    if (need_value) lines.apply(lines.in_tile(tile, p), weights, call.grad_value, p, nullptr, second, ahead);
   });
   if (!need_scores) return;
   if (!call.column) lines.write(delta, call.delta);
@@ -261,12 +269,12 @@ void backward(const CrissCrossCall<A>& call, int64_t image, int64_t first, int64
     }
   }
   if (call.grad_key.data) {
-    lines.accumulate(call.query, slopes, call.grad_key, call.grad_query.data ? for_query : Phase{}, tile,
-                     second);
+    lines.apply_all(call.query, slopes, call.grad_key, call.grad_query.data ? for_query : Phase{}, tile,
+                    second);
   }
   if (call.grad_query.data) {
     for (int64_t l = 0; l < count; ++l) transpose_square(slopes + l * lines.n * ld, lines.n, ld);
-    lines.accumulate(call.key, slopes, call.grad_query, {}, tile, second);
+    lines.apply_all(call.key, slopes, call.grad_query, {}, tile, second);
   }
 }
 

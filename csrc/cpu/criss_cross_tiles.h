@@ -13,9 +13,17 @@
 namespace kd::KD_ISA {
 namespace {
 
-// Of a product held in registers: 12 of 16 vectors, or 8 chains of additions that hide one another's latency.
+// Of a product held in registers: the most vectors of a row, and rows. 24 of 32 vectors, or 12 of 16; at
+// least 8 chains of additions, which hide one another's latency.
+#if defined(__AVX512F__)
+constexpr int kWide = 4;
+template <int V>
+constexpr int kRows = V == 4 ? 6 : 8;
+#else
+constexpr int kWide = 2;
 template <int V>
 constexpr int kRows = V == 2 ? 6 : 8;
+#endif
 
 // to[u, n] = from[n, u] for four u and four n.
 template <class A>
@@ -280,45 +288,54 @@ inline void typed(Dtype dtype, const F& f) {
   }
 }
 
-// c[r, :] = (add ? c[r, :] : 0) + sum over k of a(r, k) b[k, :], for R rows and V vectors of columns;
-// a(r, k) is a[r, k], or a[k, r] where kTransposed.
+// c[r, :] = (add ? c[r, :] : 0) + sum over k of a(r, k) b[k, :], for R rows and V vectors of columns, of
+// which only the first `columns` are in c; a(r, k) is a[r, k], or a[k, r] where kTransposed.
 template <class A, bool kTransposed, int R, int V>
 inline void product_tile(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t inner, bool add, A* c,
-                         int64_t ld_c, const char* const* ahead, int64_t ahead_step) {
+                         int64_t ld_c, int64_t columns, const char* const* ahead, int64_t ahead_step) {
+  constexpr int64_t L = kLanes<A>;
   Vec<A> acc[R][V] = {};
   for (int64_t k = 0; k < inner; ++k) {
     __builtin_prefetch(ahead[k * ahead_step]);
     Vec<A> bk[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) bk[v] = load_vec(b + k * ld_b + v * kLanes<A>);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) bk[v] = load_vec(b + k * ld_b + v * L);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const A x = kTransposed ? a[k * ld_a + r] : a[r * ld_a + k];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[r][v] += x * bk[v];
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      A* const to = c + r * ld_c + v * kLanes<A>;
-      store_vec(to, add ? load_vec(to) + acc[r][v] : acc[r][v]);
+      A* const to = c + r * ld_c + v * L;
+      if (v == V - 1 && columns < V * L) {
+        A last[L];
+        store_vec(last, acc[r][v]);
+        for (int64_t i = 0; i < columns - v * L; ++i) to[i] = add ? to[i] + last[i] : last[i];
+      } else {
+        store_vec(to, add ? load_vec(to) + acc[r][v] : acc[r][v]);
+      }
     }
   }
 }
 
 template <class A, bool kTransposed, int V, int R = kRows<V>>
 inline void product_rows(int64_t rows, const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t inner,
-                         bool add, A* c, int64_t ld_c, const char* const* ahead, int64_t ahead_step) {
+                         bool add, A* c, int64_t ld_c, int64_t columns, const char* const* ahead,
+                         int64_t ahead_step) {
   if (rows >= R) {
-    product_tile<A, kTransposed, R, V>(a, ld_a, b, ld_b, inner, add, c, ld_c, ahead, ahead_step);
+    product_tile<A, kTransposed, R, V>(a, ld_a, b, ld_b, inner, add, c, ld_c, columns, ahead, ahead_step);
   } else if constexpr (R > 1) {
-    product_rows<A, kTransposed, V, R - 1>(rows, a, ld_a, b, ld_b, inner, add, c, ld_c, ahead, ahead_step);
+    product_rows<A, kTransposed, V, R - 1>(rows, a, ld_a, b, ld_b, inner, add, c, ld_c, columns, ahead,
+                                           ahead_step);
   }
 }
 
-// c [rows, columns] = (add ? c : 0) + a b with inner terms; columns in whole vectors.
+// c [rows, columns] = (add ? c : 0) + a b with inner terms; rows of b are whole vectors.
 template <class A, bool kTransposed>
 void multiply(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t rows, int64_t columns,
               int64_t inner, bool add, A* c, int64_t ld_c, Ahead& ahead) {
@@ -328,12 +345,19 @@ void multiply(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t rows, 
     for (int64_t r = 0; r < rows; r += kRows<V>) {
       const char* const* const next = ahead.next(inner);
       product_rows<A, kTransposed, V>(rows - r, a + r * a_step, ld_a, b + j, ld_b, inner, add,
-                                      c + r * ld_c + j, ld_c, next ? next : &nothing, next != nullptr);
+                                      c + r * ld_c + j, ld_c, columns - j, next ? next : &nothing,
+                                      next != nullptr);
     }
   };
+  constexpr int64_t L = kLanes<A>;
   int64_t j = 0;
-  for (; j + 2 * kLanes<A> <= columns; j += 2 * kLanes<A>) panel.template operator()<2>(j);
-  if (j < columns) panel.template operator()<1>(j);
+  for (; j + (kWide - 1) * L < columns; j += kWide * L) panel.template operator()<kWide>(j);
+  const int64_t left = (columns - j + L - 1) / L;  // vectors
+  if constexpr (kWide > 3) {
+    if (left == 3) panel.template operator()<3>(j);
+    if (left == 2) panel.template operator()<2>(j);
+  }
+  if (left == 1) panel.template operator()<1>(j);
 }
 
 // The square matrix [n, n] transposed in place.
