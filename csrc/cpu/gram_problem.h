@@ -15,6 +15,7 @@
 
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 #include "cpu/gram.h"
 #include "cpu/gram_tiles.h"
 #include "cpu/workspace.h"
@@ -37,9 +38,6 @@ constexpr int64_t kTasks = 8;               // wanted where there are fewer grou
 constexpr int64_t kTaskElements = 1 << 15;  // to read, below which a second thread does not pay
 constexpr int64_t kSplits = 16;             // of the features of a group, at the most
 constexpr int64_t kPartialBytes = 1 << 19;  // of partial matrices, or 1/32 of the inputs
-
-inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 // What tiles need to know of whole rows: their means (beyond a reference value) and norms. Gathered over one
 // or several blocks of features.
