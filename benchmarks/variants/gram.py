@@ -1,13 +1,14 @@
 """Variants of the op gram: precision, tiles, splits."""
 
 from benchmarks.sweep import Variants
-from kdfast.kernels.gram import APPLY_TILES as A
-from kdfast.kernels.gram import PAIR_APPLY_TILES as APPLY
-from kdfast.kernels.gram import PAIR_TILES as PAIR
-from kdfast.kernels.gram import WHOLE_TILES as W
+from kdfast.kernels.gram_tiles import APPLY_TILES as A
+from kdfast.kernels.gram_tiles import PAIR_APPLY_TILES as APPLY
+from kdfast.kernels.gram_tiles import PAIR_TILES as PAIR
+from kdfast.kernels.gram_tiles import WHOLE_TILES as W
 
-VARIANTS = Variants("gram", "kdfast.kernels.gram")
-add = VARIANTS.add
+CHOICES = Variants("gram", "kdfast.kernels.gram")
+TILES = Variants("gram", "kdfast.kernels.gram_tiles")
+add, tiles = CHOICES.add, TILES.add
 
 A128, CKA64, BIG = "cka resnet8x4 [128, 256, 8, 8]", "cka [64, 50000]", "cka resnet50 [256, 2048, 7, 7]"
 P3, P3N = "P3 channel", "P3 channel, no resize"
@@ -40,7 +41,7 @@ add("tf32x3", P3N, EXACT="tf32x3", family="pcka")
 add("ieee", A128, EXACT="ieee")
 
 # 128 rows: columns of a step; apply's columns and stages; splits
-add(
+tiles(
     "whole 128x32",
     A128,
     WHOLE_TILES={**W, 128: (128, 0, 32, 8, 3)},
@@ -50,27 +51,27 @@ add("steps 1", A128, MIN_STEPS=1)
 add("steps 2", A128, MIN_STEPS=2)
 add("splits 128", CKA64, MAX_SPLITS=128)
 add("splits 192", CKA64, MAX_SPLITS=192)
-add(
+tiles(
     "whole 64x32",
     CKA64,
     WHOLE_TILES={**W, 64: (64, 0, 32, 4, 3)},
     APPLY_TILES={**A, 64: (64, 0, 32, 4, 3)},
 )
-add(
+tiles(
     "8 warps",
     P3N,
     WHOLE_TILES={**W, 64: (64, 0, 64, 8, 3)},
     APPLY_TILES={**A, 64: (64, 0, 64, 8, 3)},
     family="pcka",
 )
-add(
+tiles(
     "77 rows: 64+16, 32 columns",
     P3,
     WHOLE_TILES={**W, 80: (64, 16, 32, 4, 3)},
     APPLY_TILES={**A, 80: (64, 16, 32, 4, 2)},
     family="pcka",
 )
-add(
+tiles(
     "77 rows: 128",
     P3,
     WHOLE_TILES={**W, 80: (128, 0, 64, 8, 3)},
@@ -79,13 +80,15 @@ add(
 )
 
 # More rows: tiles
-add("pair 128x32 s4", BIG, PAIR_TILES={**PAIR, 128: (128, 32, 8, 4)})
-add("pair 64x64, 4 warps", BIG, PAIR_TILES={64: (64, 64, 4, 3)})
-add("apply 128x128x64 s2", BIG, PAIR_APPLY_TILES={**APPLY, 128: (128, 128, 64, 8, 2)})
-add("apply 128x64x64 s2", BIG, PAIR_APPLY_TILES={**APPLY, 128: (128, 64, 64, 8, 2)})
-add(
+tiles("pair 128x32 s4", BIG, PAIR_TILES={**PAIR, 128: (128, 32, 8, 4)})
+tiles("pair 64x64, 4 warps", BIG, PAIR_TILES={64: (64, 64, 4, 3)})
+tiles("apply 128x128x64 s2", BIG, PAIR_APPLY_TILES={**APPLY, 128: (128, 128, 64, 8, 2)})
+tiles("apply 128x64x64 s2", BIG, PAIR_APPLY_TILES={**APPLY, 128: (128, 64, 64, 8, 2)})
+tiles(
     "apply 64x64x64",
     "logit cka [1024, 1000]",
     PAIR_TILES={64: (64, 64, 4, 3)},
     PAIR_APPLY_TILES={64: (64, 64, 64, 4, 3)},
 )
+
+VARIANTS = [*CHOICES, *TILES]
