@@ -77,8 +77,7 @@ struct Pass {
       for (int64_t r = 0; r < batch * e; ++r) std::copy_n(from + r * d, d, matrices.get() + r * ld());
     }
     if (sums && n == 0) std::fill_n(partial.get(), batch * parts * size, A(0));
-    const int64_t workers = std::max<int64_t>(batch * n * e * d / kTask, 1);
-    for_tasks<A>(batch * parts, workers, kernels<A>().workspace(e, d, block),
+    for_tasks<A>(batch * parts, batch * n * e * d / kTask, kernels<A>().workspace(e, d, block),
                  [&](int64_t task, A* workspace) {
                    const int64_t image = task / parts, part = task % parts;
                    const auto begin = [&](int64_t p) { return std::min(blocks * p / parts * block, n); };

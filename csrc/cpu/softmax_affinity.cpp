@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor> softmax_affinity_cpu(const Tensor& query, const Tenso
     if (blocks > 1) pack_all(packed, s, dtype, key, value);
     SoftmaxCall<A> call{};
     call.dtype = dtype, call.d = s.d, call.e = s.e, call.block = block, call.scale = scale;
-    const int64_t workers = std::max<int64_t>(s.batch * s.n * s.m * (s.d + s.e) / kTask, 1);
+    const int64_t workers = s.batch * s.n * s.m * (s.d + s.e) / kTask;
     for_tasks<A>(s.batch * blocks, workers, use.workspace(call, false), [&](int64_t task, A* workspace) {
       const int64_t image = task / blocks, first = task % blocks * block;
       if (blocks == 1) packed.pack(dtype, key, value, image * packed.blocks(), packed.blocks());
@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
     const HugeBuffer<A> grad_queries(s.batch * parts * size_query);
     SoftmaxCall<A> call{};
     call.dtype = dtype, call.d = s.d, call.e = s.e, call.block = block, call.scale = scale;
-    const int64_t workers = std::max<int64_t>(s.batch * s.n * s.m * (s.d + s.e) / kTask, 1);
+    const int64_t workers = s.batch * s.n * s.m * (s.d + s.e) / kTask;
     for (int64_t turn = 0; turn < ranges; ++turn) {
       for_tasks<A>(s.batch * parts, workers, use.workspace(call, true), [&](int64_t task, A* workspace) {
         const int64_t image = task / parts, p = task % parts;
