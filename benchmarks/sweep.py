@@ -1,9 +1,7 @@
 """``python -m benchmarks.sweep FILE...``: time variants of kernels (tile sizes, warps, ...) on a GPU, to choose from.
 
-Each FILE defines ``VARIANTS``, a list of dictionaries: ``label``, ``family``, ``case``, ``dtype``, ``layout``, ``provider`` and
-``patch``, which maps ``"module:name"`` to the value that the name has during the call. Variants are compiled and held
-against float64 by all processes at once, then timed one after another: GPU time by CUDA graphs, wall time, and the
-time of each kernel.
+Each FILE defines ``VARIANTS``, a list that :class:`Variants` fills. Variants are compiled and held against float64 by all
+processes at once, then timed one after another: GPU time by CUDA graphs, wall time, and the time of each kernel.
 """
 
 from __future__ import annotations
@@ -46,7 +44,26 @@ COLUMNS = (
     "note",
     "kernels",
 )
+# label, family, case, dtype, layout, provider; patch: "module:name" to the value that the name has during the call
 Variant = dict[str, Any]
+
+
+class Variants(list[Variant]):
+    """Variants of a family's cases, most of which change names of one module."""
+
+    def __init__(self, family: str, module: str) -> None:
+        self.family, self.module = family, module
+
+    def add(
+        self, label: str, case: str, *,
+        dtype: str = "float32", layout: str = "contiguous", provider: str = "triton", family: str | None = None,
+        **patch: Any,
+    ) -> None:  # fmt: skip
+        """``patch``: values of the module's names, or of ``"module:name"`` elsewhere."""
+        places = {k if ":" in k else f"{self.module}:{k}": v for k, v in patch.items()}
+        family = family or self.family
+        found = {"label": label, "family": family, "case": case, "dtype": dtype, "layout": layout}
+        self.append(found | {"provider": provider, "patch": places})
 
 
 @contextmanager

@@ -16,6 +16,9 @@ SETTINGS = [
     {"temperature": 0.3, "transfer_weight": 0.7, "masked_weight": 1.3} | dict(zip(FLAGS, flags, strict=True))
     for flags in itertools.product((False, True), repeat=4)
 ]
+# One pixel; one channel; fewer pixels than a vector; several chunks of pixels, the last with few; more channels than
+# rows in a block.
+SHAPES = [(1, 3, 1, 1), (2, 1, 3, 5), (2, 9, 1, 2), (1, 3, 41, 53), (1, 70, 9, 8), (5, 33, 2, 3)]
 layouts = {
     "channels_last": lambda v: v.contiguous(memory_format=torch.channels_last),
     "transposed": lambda v: v.transpose(2, 3).contiguous().transpose(2, 3),

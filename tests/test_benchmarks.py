@@ -1,6 +1,7 @@
 """The benchmark harness: it times what is right, refuses what is wrong, and writes what its columns say."""
 
 import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,25 @@ def test_patch_of_a_variant_lasts_as_long_as_its_call():
         sweep.patched({"benchmarks.measure:no_such_name": 1}),
     ):
         pass
+
+
+def test_variants_are_of_cases_and_names_that_exist():
+    pytest.importorskip("triton")
+    files = sorted(Path(sweep.__file__).parent.glob("variants/*.py"))
+    found, cases = sweep.variants(files), {case.key for case in select()}
+    assert len(found) > 200
+    for variant in found:
+        assert tuple(variant[name] for name in ("family", "case", "dtype", "layout")) in cases, variant
+        with sweep.patched(variant["patch"]):
+            pass
+
+
+def test_names_of_a_variant_are_of_its_module_unless_it_says_where():
+    made = sweep.Variants("gram", "benchmarks.measure")
+    made.add("more", "cka", MOST_COPIES=3, **{"benchmarks.sweep:WALL_SECONDS": 2.0})
+    (variant,) = made
+    assert variant["patch"] == {"benchmarks.measure:MOST_COPIES": 3, "benchmarks.sweep:WALL_SECONDS": 2.0}
+    assert (variant["family"], variant["provider"], variant["dtype"]) == ("gram", "triton", "float32")
 
 
 def test_peak_memory_sees_every_allocation():

@@ -1,17 +1,9 @@
-"""Variants of the attention family. K: kdfast.kernels.attention_mask."""
+"""Variants of the attention family."""
 
-K = "kdfast.kernels.attention_mask:"
-VARIANTS: list[dict] = []
+from benchmarks.sweep import Variants
 
-
-def add(label, case, provider="triton", dtype="float32", layout="contiguous", **patch):
-    VARIANTS.append(
-        {
-            "label": label, "family": "attention", "case": case, "dtype": dtype, "layout": layout, "provider": provider,
-            "patch": {K + k: v for k, v in patch.items()},
-        }
-    )  # fmt: skip
-
+VARIANTS = Variants("attention", "kdfast.kernels.attention_mask")
+add = VARIANTS.add
 
 BIG, MID = "two_stage [8, 256, 200, 336]", "two_stage [2, 256, 50, 84]"
 SMALL, LEVEL = "two_stage [2, 256, 13, 21]", "two_stage [2, 256, 100, 168]"

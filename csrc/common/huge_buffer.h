@@ -8,6 +8,7 @@
 #include "common/check.h"
 #include "common/huge_pages.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 
 namespace kd {
 
@@ -31,11 +32,13 @@ class HugeBuffer {
   A* data_;
 };
 
-// f(task, workspace of `elements`) for each task, by at most `most` workers with a workspace each. Whoever is
-// free takes the next, so results must not depend on who does.
+// f(task, workspace) for each task, by at most `most` workers (one where that is less) with a workspace of
+// `elements` each, uninitialised and 64-byte aligned. Whoever is free takes the next task, so results must
+// not depend on who does, nor on what an earlier task left in the workspace.
 template <class A, class F>
 void for_tasks(int64_t tasks, int64_t most, int64_t elements, const F& f) {
-  const int64_t workers = std::min({num_threads(), tasks, most});
+  const int64_t workers = std::min({num_threads(), tasks, std::max<int64_t>(most, 1)});
+  elements = round_up(elements, static_cast<int64_t>(64 / sizeof(A)));
   const HugeBuffer<A> workspace(workers * elements);
   std::atomic<int64_t> next{0};
   parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {

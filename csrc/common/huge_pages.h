@@ -7,6 +7,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "common/rounding.h"
+
 namespace kd {
 
 // Of the whole huge pages inside a block of at least 4 MB, so that no more memory is used. Where the system
@@ -15,7 +17,7 @@ inline void advise(void* data, int64_t bytes, int advice) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;
   if (bytes < 4 << 20) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(data), kPage);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
 #else

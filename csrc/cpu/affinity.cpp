@@ -18,6 +18,7 @@
 #include "common/huge_buffer.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 #include "cpu/affinity_ops.h"
 #include "cpu/affinity_order.h"
 
@@ -44,7 +45,7 @@ AffinityMatrix matrix(const Tensor& x, int64_t image, const char* name) {
 
 struct Sizes {
   int64_t batch, n, m, e;
-  int64_t blocks() const { return (e + kAffinityWidth - 1) / kAffinityWidth; }
+  int64_t blocks() const { return ceil_div(e, kAffinityWidth); }
 };
 
 Sizes check(const Tensor& a, const Tensor& b, const Tensor& g) {
@@ -118,7 +119,7 @@ void add_up(const Tensor& to, const int32_t* order, const P* dots, int64_t block
   constexpr int64_t kChunk = 1024;
   dispatch_float(to.scalar_type(), "affinity: a and b", [&](auto zero) {
     using T = decltype(zero);
-    const int64_t count = to.size(1), chunks = (count + kChunk - 1) / kChunk, step = to.stride(1);
+    const int64_t count = to.size(1), chunks = ceil_div(count, kChunk), step = to.stride(1);
     parallel_for(0, to.size(0) * chunks, 4, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t image = task / chunks, first = task % chunks * kChunk;
@@ -185,7 +186,7 @@ Tensor new_map(const Tensor& like, int64_t batch, int64_t rows, int64_t e, bool 
     Tensor block = torch::stable::new_empty(like, {count + 2 * kPage / size});
     const auto begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(block.data_ptr()) % kPage);
     block = torch::stable::narrow(block, 0, (kPage - begin) % kPage / size, count);
-    advise_huge_pages(block.data_ptr(), (count * size + kPage - 1) / kPage * kPage);
+    advise_huge_pages(block.data_ptr(), round_up(count * size, kPage));
     map = torch::stable::view(block, sizes);
   }
   return along_e ? map : torch::stable::transpose(map, 1, 2);

@@ -2,6 +2,7 @@
 
 // The pass of the op attention_mask that writes a map's gradient, with all its parts.
 
+#include "common/rounding.h"
 #include "cpu/attention_map.h"
 
 namespace kd::attention {

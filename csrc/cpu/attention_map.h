@@ -15,6 +15,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 #include "cpu/attention_mask.h"
 #include "cpu/attention_mask_ops.h"
 
@@ -47,8 +48,7 @@ const MaskKernels<A>& mask_kernels() {
   }
 }
 
-inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-inline int64_t padded(int64_t n) { return ceil_div(n, kColumnPadding) * kColumnPadding; }
+inline int64_t padded(int64_t n) { return round_up(n, kColumnPadding); }
 
 inline bool is_wide(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 

@@ -14,6 +14,7 @@
 #include "common/huge_buffer.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 #include "cpu/dot_product_ops.h"
 #include "cpu/position_tensors.h"
 
@@ -66,9 +67,9 @@ struct Pass {
     // An even number of blocks of one size, so that two threads share them evenly.
     const int64_t lanes = kernels<A>().lanes;
     const int64_t most = std::clamp(kBlockElements / (e + d) / 32 * 32, int64_t{32}, kBlock);
-    const int64_t wanted = std::max<int64_t>(2 * ((n + 2 * most - 1) / (2 * most)), 1);
-    const int64_t block = std::max(round_up((n + wanted - 1) / wanted, lanes), lanes);
-    const int64_t blocks = (n + block - 1) / block, parts = std::clamp<int64_t>(blocks, 1, kParts);
+    const int64_t wanted = std::max<int64_t>(2 * ceil_div(n, 2 * most), 1);
+    const int64_t block = std::max(round_up(ceil_div(n, wanted), lanes), lanes);
+    const int64_t blocks = ceil_div(n, block), parts = std::clamp<int64_t>(blocks, 1, kParts);
     const int64_t size = e * ld();
     const HugeBuffer<A> matrices(matrix ? batch * size : 0), partial(sums ? batch * parts * size : 0);
     if (matrix) {
@@ -76,8 +77,7 @@ struct Pass {
       for (int64_t r = 0; r < batch * e; ++r) std::copy_n(from + r * d, d, matrices.get() + r * ld());
     }
     if (sums && n == 0) std::fill_n(partial.get(), batch * parts * size, A(0));
-    const int64_t workers = std::max<int64_t>(batch * n * e * d / kTask, 1);
-    for_tasks<A>(batch * parts, workers, kernels<A>().workspace(e, d, block),
+    for_tasks<A>(batch * parts, batch * n * e * d / kTask, kernels<A>().workspace(e, d, block),
                  [&](int64_t task, A* workspace) {
                    const int64_t image = task / parts, part = task % parts;
                    const auto begin = [&](int64_t p) { return std::min(blocks * p / parts * block, n); };

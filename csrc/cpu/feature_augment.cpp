@@ -17,6 +17,7 @@
 #include "common/gradient.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 #include "cpu/feature_augment_chain.h"
 #include "cpu/feature_augment_ops.h"
 
@@ -223,7 +224,7 @@ void compute(const AugmentKernels<A>& kernels, const Chain& chain, const Size& s
   for (const Step& step : chain.steps()) {
     if (step.kind == kWarp) warps.emplace_back(step.numbers, size, !kForward);
   }
-  const int64_t groups = (size.channels + kAugmentLanes - 1) / kAugmentLanes;
+  const int64_t groups = ceil_div(size.channels, kAugmentLanes);
   const int64_t grain = std::max<int64_t>(1, kTaskElements / (kAugmentLanes * size.pixels()));
   parallel_for(0, size.batch * groups, grain, [&](int64_t begin, int64_t end) {
     Worker<A, kForward> worker(kernels, chain, size, warps, from, to);

@@ -10,6 +10,7 @@
 
 #include "common/check.h"
 #include "common/dtype.h"
+#include "common/rounding.h"
 #include "cpu/feature_augment.h"
 
 namespace kd::augment {
@@ -69,7 +70,7 @@ class Table {
       if (adjoint) std::swap(result, input);
       found.push_back({result, input, weight});
     });
-    const int64_t groups = (pixels_ + kAugmentGroup - 1) / kAugmentGroup;
+    const int64_t groups = ceil_div(pixels_, kAugmentGroup);
     std::vector<int64_t> counts(groups * kAugmentGroup);
     for (const Found& f : found) ++counts[f.result];
     begin_.resize(groups + 1);

@@ -4,6 +4,7 @@
 // are sums over features, and centring over rows is per feature; what needs whole rows is measured in a pass
 // before.
 
+#include "common/rounding.h"
 #include "cpu/gram_terms.h"
 
 namespace kd {

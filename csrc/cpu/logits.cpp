@@ -14,6 +14,7 @@
 #include "common/isa.h"
 #include "common/logits_ops.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 
 namespace kd {
 
@@ -116,7 +117,7 @@ template <class A>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<A*>(std::aligned_alloc(64, (count * sizeof(A) + 63) / 64 * 64))) {
+      : data_(static_cast<A*>(std::aligned_alloc(64, round_up(count * sizeof(A), 64)))) {
     KD_CHECK(data_, "logits: out of memory");
   }
   ~Scratch() { std::free(data_); }

@@ -2,6 +2,7 @@
 
 // Rows of strided logits in blocks of the accumulation type, for the logits' *.simd.cpp.
 
+#include "common/rounding.h"
 #include "cpu/exp.h"
 #include "cpu/logits.h"
 #include "cpu/simd.h"
@@ -17,7 +18,7 @@ constexpr A kInfinity = static_cast<A>(__builtin_inf());
 
 template <class A>
 constexpr int64_t padded(int64_t count) {
-  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  return round_up(count, kLanes<A>);
 }
 
 template <class A>

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/gradient.h"
+#include "common/rounding.h"
 #include "cpu/attention_map.h"
 #include "cpu/masked_error_ops.h"
 
@@ -68,8 +69,8 @@ double compute(const Tensor& x, const Tensor& y, const Tensor& mask, double scal
   const bool packed = shape.planar && xs.row_stride() == pixels && ys.row_stride() == pixels &&
                       (!gradient || to.row_stride() == pixels);
   const int64_t together = packed ? std::clamp<int64_t>(kRepeat / pixels, 1, rows) : 1;
-  const int64_t task_rows = (std::max<int64_t>(kTask / columns, 1) + together - 1) / together * together;
-  const int64_t tasks = (rows + task_rows - 1) / task_rows;
+  const int64_t task_rows = round_up(std::max<int64_t>(kTask / columns, 1), together);
+  const int64_t tasks = ceil_div(rows, task_rows);
   const A* const masks = static_cast<const A*>(mask.const_data_ptr());
   std::vector<double> sums(shape.batch * tasks);
   parallel_for(0, shape.batch * tasks, 1, [&](int64_t begin, int64_t end) {

@@ -11,6 +11,7 @@
 
 #include "common/check.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 #include "cpu/gram_blocks.h"
 #include "cpu/patched_map.h"
 

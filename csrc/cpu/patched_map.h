@@ -11,6 +11,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 #include "cpu/gram_tiles.h"
 #include "cpu/patches.h"
 #include "cpu/workspace.h"
@@ -22,7 +23,7 @@ KD_DECLARE_ISA(extern const PatchKernels<float> patches_float;
 
 enum class Average : int { channel, batch, spatial };
 
-inline int64_t padded(int64_t n) { return (n + kLinePadding - 1) / kLinePadding * kLinePadding; }
+inline int64_t padded(int64_t n) { return round_up(n, kLinePadding); }
 
 template <class A>
 const PatchKernels<A>& patch_kernels() {
@@ -218,7 +219,7 @@ class PatchedMap {
     const PatchTile tile{channel_stride, grid_.columns * d, d, grid_.patch_w, 1,
                          grid_.patch_h,  grid_.patch_w,     0, grid_.patch_h};
     const int64_t together = map.stride(1) == 1 || tile.plane == 1 ? kPlanes : 1,
-                  tasks = (channels + together - 1) / together;
+                  tasks = ceil_div(channels, together);
     parallel_for(0, images * tasks, 1, [&](int64_t task_begin, int64_t task_end) {
       Buffer<A> scratch(scratch_elements(together, map.size(3)));
       for (int64_t task = task_begin; task < task_end; ++task) {

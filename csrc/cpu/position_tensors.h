@@ -9,9 +9,6 @@
 
 namespace kd {
 
-inline int64_t ceil_divide(int64_t n, int64_t by) { return (n + by - 1) / by; }
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 inline PositionMap position_map(const torch::stable::Tensor* t, int64_t image) {
   if (t == nullptr) return {};
   auto* data = const_cast<char*>(static_cast<const char*>(t->const_data_ptr()));

@@ -2,6 +2,7 @@
 
 // Blocks of positions, for *.simd.cpp: to and from maps of any strides and type.
 
+#include "common/rounding.h"
 #include "cpu/criss_cross_tiles.h"
 #include "cpu/position_map.h"
 #include "cpu/simd.h"
@@ -12,7 +13,7 @@ namespace {
 // An odd number of vectors, so that neighbouring rows do not fall into the same sets of the L1 cache.
 template <class A>
 inline int64_t padded(int64_t columns) {
-  return ((columns + kLanes<A> - 1) / kLanes<A> | 1) * kLanes<A>;
+  return (ceil_div(columns, kLanes<A>) | 1) * kLanes<A>;
 }
 
 // to[r, c] = from[r * row + c * column], [rows, columns] of the map's type.

@@ -15,6 +15,7 @@
 #include "common/huge_buffer.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 #include "cpu/position_tensors.h"
 #include "cpu/softmax_affinity_ops.h"
 
@@ -68,8 +69,8 @@ class Packed {
         value_(s.e * kernels<A>().packed_ld),
         m_(s.m),
         ranges_(ranges),
-        size_(ceil_divide(s.m, round_up(ceil_divide(s.m, kernels<A>().keys), ranges))),
-        blocks_(ceil_divide(s.m, size_)),
+        size_(ceil_div(s.m, round_up(ceil_div(s.m, kernels<A>().keys), ranges))),
+        blocks_(ceil_div(s.m, size_)),
         data_(s.batch * blocks_ * (key_ + value_)) {}
   // The blocks from `first` on, counted over all images.
   void pack(Dtype dtype, const Tensor& key, const Tensor& value, int64_t first, int64_t count) const {
@@ -133,13 +134,13 @@ std::tuple<Tensor, Tensor> softmax_affinity_cpu(const Tensor& query, const Tenso
     const Packed<A> packed(s, 1);
     // Blocks of one size, an even number in all, so that two threads share them evenly.
     const int64_t most = block_of<A>(kBlock, kBlockElements, s.d + s.e);
-    int64_t wanted = ceil_divide(s.n, most);
+    int64_t wanted = ceil_div(s.n, most);
     if (s.batch * wanted % 2 != 0 && s.n > use.strip) ++wanted;
-    const int64_t block = round_up(ceil_divide(s.n, wanted), use.strip), blocks = ceil_divide(s.n, block);
+    const int64_t block = round_up(ceil_div(s.n, wanted), use.strip), blocks = ceil_div(s.n, block);
     if (blocks > 1) pack_all(packed, s, dtype, key, value);
     SoftmaxCall<A> call{};
     call.dtype = dtype, call.d = s.d, call.e = s.e, call.block = block, call.scale = scale;
-    const int64_t workers = std::max<int64_t>(s.batch * s.n * s.m * (s.d + s.e) / kTask, 1);
+    const int64_t workers = s.batch * s.n * s.m * (s.d + s.e) / kTask;
     for_tasks<A>(s.batch * blocks, workers, use.workspace(call, false), [&](int64_t task, A* workspace) {
       const int64_t image = task / blocks, first = task % blocks * block;
       if (blocks == 1) packed.pack(dtype, key, value, image * packed.blocks(), packed.blocks());
@@ -186,8 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
     if (parts > 1) pack_all(packed, s, dtype, key, value);
     const auto begin = [&](int64_t part) { return std::min(round_up(s.n * part / parts, 16), s.n); };
     const int64_t most = block_of<A>(kBlockBackward, kBlockElementsBackward, 3 * s.d + 2 * s.e);
-    const int64_t part_size = ceil_divide(s.n, parts) + 16, blocks = ceil_divide(part_size, most);
-    const int64_t block = round_up(ceil_divide(part_size, blocks), use.strip);
+    const int64_t part_size = ceil_div(s.n, parts) + 16, blocks = ceil_div(part_size, most);
+    const int64_t block = round_up(ceil_div(part_size, blocks), use.strip);
     const int64_t size_key = need_key ? s.m * use.ld(s.d) : 0;
     const int64_t size_value = need_value ? s.m * use.ld(s.e) : 0;
     const int64_t step = size_key + size_value, sets = parts / ranges;
@@ -204,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
     const HugeBuffer<A> grad_queries(s.batch * parts * size_query);
     SoftmaxCall<A> call{};
     call.dtype = dtype, call.d = s.d, call.e = s.e, call.block = block, call.scale = scale;
-    const int64_t workers = std::max<int64_t>(s.batch * s.n * s.m * (s.d + s.e) / kTask, 1);
+    const int64_t workers = s.batch * s.n * s.m * (s.d + s.e) / kTask;
     for (int64_t turn = 0; turn < ranges; ++turn) {
       for_tasks<A>(s.batch * parts, workers, use.workspace(call, true), [&](int64_t task, A* workspace) {
         const int64_t image = task / parts, p = task % parts;
@@ -226,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
       });
     }
     if (parts == 1) return;
-    const int64_t key_blocks = ceil_divide(s.m, use.keys);
+    const int64_t key_blocks = ceil_div(s.m, use.keys);
     const int64_t grain = kTask / std::max<int64_t>(use.keys * (s.d + s.e) * sets, 1) + 1;
     parallel_for(0, s.batch * key_blocks, grain, [&](int64_t from, int64_t to) {
       for (int64_t b = from; b < to; ++b) {

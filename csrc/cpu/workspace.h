@@ -15,6 +15,7 @@
 #endif
 
 #include "common/check.h"
+#include "common/rounding.h"
 
 namespace kd {
 
@@ -52,7 +53,7 @@ class Workspaces {
       bytes = (bytes + 64) / 64 * 64;
       return {std::aligned_alloc(64, bytes), bytes};
     }
-    bytes = (bytes + kPage - 1) / kPage * kPage;
+    bytes = round_up(bytes, kPage);
     const std::lock_guard<std::mutex> lock(mutex_);
     // The smallest that is large enough, else the largest of all, which then grows.
     auto best = idle_.end();

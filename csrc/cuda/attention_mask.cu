@@ -10,13 +10,14 @@
 
 #include "attention_mask.h"
 #include "attention_passes.cuh"
+#include "common/rounding.h"
 
 namespace kd::attention {
 namespace {
 
 int64_t chunks_of(const kd_maps& m) {
   const int64_t pixels = m.planar ? 32 * (m.dtype == KD_MAP_F32 ? 4 : 8) : kRowsPerChunk;
-  return (m.pixels + pixels - 1) / pixels;
+  return ceil_div(m.pixels, pixels);
 }
 
 Sizes sizes_of(const kd_maps& m) { return {m.batch, m.channels, m.pixels, chunks_of(m), m.planar != 0}; }
@@ -36,7 +37,7 @@ struct Workspace {
   int64_t used = 0;
   float* take(int64_t floats) {
     float* const at = base + used;
-    used += (floats + 3) / 4 * 4;
+    used += round_up(floats, 4);
     return at;
   }
 };
@@ -181,7 +182,7 @@ int32_t kd_attention_backward(const kd_maps* m, const kd_map* x, const kd_map* o
   const GradientPlan p = {s,      matrix(*x, *m),  matrix(other ? *other : *x, *m), matrix(*out, *m),
                           *parts, other != nullptr};
   const int64_t rows = s.planar ? s.channels : kRowsPerChunk;
-  const dim3 blocks = grid(s.chunks, (rows + kGradientRows - 1) / kGradientRows, s.batch);
+  const dim3 blocks = grid(s.chunks, kd::ceil_div(rows, kGradientRows), s.batch);
   return dispatch(m->dtype, [&](auto zero) {
     return KD_LAUNCH(attention_gradient<decltype(zero)>, blocks, dim3(kThreads), 0,
                      static_cast<cudaStream_t>(stream), p);

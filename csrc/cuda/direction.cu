@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "cluster.h"
+#include "common/rounding.h"
 #include "direction.h"
 #include "rows.cuh"
 
@@ -187,7 +188,7 @@ __global__ __launch_bounds__(32 * kRowWarps) void direction_gradient(Inputs<T, C
   }
 }
 
-dim3 row_blocks(int64_t rows) { return dim3(static_cast<unsigned>((rows + kRowWarps - 1) / kRowWarps)); }
+dim3 row_blocks(int64_t rows) { return dim3(static_cast<unsigned>(ceil_div(rows, kRowWarps))); }
 
 // f(T{}, C{}) with the types of the sides and of the centres.
 template <class F>
@@ -226,9 +227,9 @@ int32_t kd_direction_forward(const kd_direction_problem* problem, void* loss, vo
       if (0 < rows && rows <= d::kSmallRows && rows * problem->columns <= d::kSmallElements) {
         constexpr auto kernel = d::direction_small<T, C>;
         const int cluster = kd::cluster_blocks<kernel>(d::kSmallThreads);
-        const int64_t each = (rows + cluster - 1) / cluster,
+        const int64_t each = kd::ceil_div(rows, cluster),
                       warps = std::min<int64_t>(each, d::kSmallThreads / 32);
-        const auto blocks = static_cast<unsigned>((rows + warps - 1) / warps);
+        const auto blocks = static_cast<unsigned>(kd::ceil_div(rows, warps));
         if (cluster > 1 || blocks == 1) {
           return KD_LAUNCH_CLUSTER(kernel, dim3(blocks == 1 ? 1 : cluster),
                                    dim3(static_cast<unsigned>(32 * warps)), 0, stream,

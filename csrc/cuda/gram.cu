@@ -19,6 +19,7 @@
 
 #include <algorithm>
 
+#include "common/rounding.h"
 #include "gram.h"
 #include "gram_gradient.cuh"
 #include "gram_products.cuh"
@@ -29,9 +30,6 @@ namespace {
 // Two blocks on each multiprocessor of a large GPU; fixed, so results do not depend on the GPU.
 constexpr int kTargetBlocks = 264;
 constexpr int kMaxSplits = 8, kMinSplitFeatures = 32;
-
-constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-constexpr int64_t align(int64_t floats) { return (floats + 3) / 4 * 4; }
 
 int element_size(int32_t dtype) { return dtype == KD_GRAM_F32 ? 4 : 2; }
 
@@ -61,13 +59,13 @@ int64_t make_plan(const kd_gram_problem& p, int32_t phase, Plan* plan) {
                 blocks = p.groups * plan->pairs * plan->kinds;
   const int wanted =
       std::min<int64_t>({ceil_div(kTargetBlocks, blocks), kMaxSplits, ceil_div(features, kMinSplitFeatures)});
-  plan->split_features = ceil_div(ceil_div(features, wanted), kMinSplitFeatures) * kMinSplitFeatures;
+  plan->split_features = round_up(ceil_div(features, wanted), kMinSplitFeatures);
   plan->splits = ceil_div(features, plan->split_features);
 
   int64_t floats = 0;
   const auto take = [&](int64_t count) {
     const int64_t at = floats;
-    floats += align(count);
+    floats += round_up(count, 4);
     return at;
   };
   for (Operand* side : {&plan->x, &plan->y}) {

@@ -2,6 +2,7 @@
 
 // The last kernel of gram.cu: gradients from the Grams.
 
+#include "common/rounding.h"
 #include "gram_statistics.cuh"
 
 namespace kd::gram {
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool for_x = grad_x.data != nullptr && blockIdx.y == 0;
   const Operand& own = for_x ? plan.x : plan.y;
   const Operand& other = for_x ? plan.y : plan.x;
-  const int row_tiles = (n + kTile - 1) / kTile;
+  const int row_tiles = ceil_div(n, kTile);
   const int first_row = blockIdx.x % row_tiles * kTile, first_feature = blockIdx.x / row_tiles * kTile;
   if (first_feature >= own.features) return;
 
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   // Steps: all slices of rows for the columns' term, then for the rows' (centred inter), then for the mixed
   // one (inter).
-  const int slices = (n + kSlice - 1) / kSlice, terms = plan.inter ? (plan.centered ? 3 : 2) : 1;
+  const int slices = ceil_div(n, kSlice), terms = plan.inter ? (plan.centered ? 3 : 2) : 1;
   const int steps = slices * terms;
   // Each thread brings four cells of the small matrix: row `i`, columns j .. j + 3.
   const int down = threadIdx.x % kTile, across = threadIdx.x / kTile * 4, i = first_row + down;

@@ -3,6 +3,7 @@
 // The first kernel of gram.cu, and the scalars that all of them share: means, traces, sums over Grams,
 // scores.
 
+#include "common/rounding.h"
 #include "gram_tiles.cuh"
 
 namespace kd::gram {
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int part = 0; part < (plan.centered && plan.inter ? 4 : 2); ++part) {
     const Operand& operand = part % 2 == 0 ? plan.x : plan.y;
     const bool columns = part < 2;
-    const int items = columns ? operand.features : plan.rows, blocks = (items + kItems - 1) / kItems;
+    const int items = columns ? operand.features : plan.rows, blocks = ceil_div(items, kItems);
     if (block < blocks) {
       const T* data = static_cast<const T*>(operand.data) + group * operand.group_stride;
       item_statistics(data, block * kItems, items, columns ? operand.feature_stride : operand.row_stride,

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "common/rounding.h"
 #include "logits.h"
 #include "logits_dist.cuh"
 #include "logits_rows.cuh"
@@ -57,7 +58,7 @@ cudaError_t forward(const kd_logits_problem& p, void* loss_, void* saved, void* 
   }
   if (dist) {
     const dim3 tiles(static_cast<unsigned>(column_tiles(p.classes)));
-    const int64_t lanes = (p.rows + kHeldRows - 1) / kHeldRows;  // of the rows of a tile
+    const int64_t lanes = ceil_div(p.rows, kHeldRows);  // of the rows of a tile
     const cudaError_t error =
         KD_LAUNCH(dist_columns<T>, tiles, whole_warps(kColumns * lanes, kColumnThreads<T>), 0, stream, call);
     if (error != cudaSuccess) return error;

@@ -2,6 +2,7 @@
 
 // The kernels of dist: Pearson correlations of rows and of columns of softmax outputs.
 
+#include "common/rounding.h"
 #include "logits_rows.cuh"
 
 namespace kd::logits {
@@ -180,9 +181,7 @@ __device__ void dist_tile(const Call<T>& call, int64_t tile) {
       sums[2] > 0 ? call.beta * distance(products[0], norm_s, norm_t) / static_cast<A>(classes) : A(0);
 }
 
-__host__ __device__ inline int64_t column_tiles(int64_t classes) {
-  return (classes + kColumns - 1) / kColumns;
-}
+__host__ __device__ inline int64_t column_tiles(int64_t classes) { return ceil_div(classes, kColumns); }
 
 template <class T>
 __global__ __launch_bounds__(kColumnThreads<T>) void dist_columns(Call<T> call) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cluster.h"
+#include "common/rounding.h"
 #include "logits_dist.cuh"
 #include "logits_rows.cuh"
 
@@ -53,10 +54,10 @@ template <class T, int kKind>
 cudaError_t launch_small(const Call<T>& call, accumulator<T>* loss, cudaStream_t stream) {
   constexpr auto kernel = forward_small<T, kKind>;
   const int cluster = cluster_blocks<kernel>(kSmallThreads<kKind>);
-  const int64_t each = (call.rows + cluster - 1) / cluster,
+  const int64_t each = ceil_div(call.rows, cluster),
                 warps = std::min<int64_t>(each, kSmallThreads<kKind> / 32);
   const dim3 threads(static_cast<unsigned>(32 * warps));
-  const auto blocks = static_cast<unsigned>((call.rows + warps - 1) / warps);
+  const auto blocks = static_cast<unsigned>(ceil_div(call.rows, warps));
   if (cluster > 1 || blocks == 1) {
     return KD_LAUNCH_CLUSTER(kernel, dim3(blocks == 1 ? 1 : cluster), threads, 0, stream, call, loss,
                              int{kRowPhase}, int{kSumPhase});

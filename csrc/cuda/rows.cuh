@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/rounding.h"
 #include "launch.h"
 #include "rows.h"
 
@@ -17,7 +18,7 @@ constexpr int kLargestBlock = 1024;  // of one that adds up
 
 // A block with a thread for each of `count` items, as far as there are threads.
 inline dim3 whole_warps(int64_t count, int most = kMostThreads) {
-  const int64_t threads = (count + 31) / 32 * 32;
+  const int64_t threads = round_up(count, 32);
   return dim3(static_cast<unsigned>(threads < 32 ? 32 : threads > most ? most : threads));
 }
 

@@ -115,10 +115,21 @@ def pointwise(
 
 
 @triton.jit
-def _rectangle(tile, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows and columns of the pixels of a tile; ``columns`` tiles lie side by side."""
+def _placed(
+    columns, tiles, groups, height, width, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A program's image, group of channels and tile; the tile's rows and columns, which lie inside, and the map's centre.
+
+    ``columns`` tiles lie side by side, ``tiles`` in a map.
+    """
+    program = tl.program_id(0)
+    group, tile = program // tiles, program % tiles
+    image = (group // groups).to(tl.int64)
     place = tl.arange(0, ROWS * COLUMNS)
-    return tile // columns * ROWS + place // COLUMNS, tile % columns * COLUMNS + place % COLUMNS
+    i, j = tile // columns * ROWS + place // COLUMNS, tile % columns * COLUMNS + place % COLUMNS
+    inside = (i < height) & (j < width)
+    cx, cy = (tl.zeros([], ACC) + width - 1) * 0.5, (tl.zeros([], ACC) + height - 1) * 0.5
+    return image, group % groups, tile, i, j, inside, cx, cy
 
 
 @jit(do_not_specialize=DRAWN)
@@ -133,12 +144,9 @@ def warp(
 
     SCATTER: channels as in the adjoint, for a translation's, which is the translation back.
     """
-    program = tl.program_id(0)
-    group, tile = program // tiles, program % tiles
-    image = (group // groups).to(tl.int64)
-    i, j = _rectangle(tile, columns, ROWS, COLUMNS)
-    inside = (i < height) & (j < width)
-    cx, cy = (tl.zeros([], ACC) + width - 1) * 0.5, (tl.zeros([], ACC) + height - 1) * 0.5
+    image, group, tile, i, j, inside, cx, cy = _placed(
+        columns, tiles, groups, height, width, ACC, ROWS, COLUMNS
+    )
     dx, dy = j.to(ACC) - cx, i.to(ACC) - cy
     u = _number(numbers, 1, ACC) * dx + _number(numbers, 2, ACC) * dy + _number(numbers, 3, ACC) + cx
     v = _number(numbers, 4, ACC) * dx + _number(numbers, 5, ACC) * dy + _number(numbers, 6, ACC) + cy
@@ -151,7 +159,7 @@ def warp(
     if CUT:
         cut = _in_box(i, j, a_top, a_left, a_bottom, a_right)
     for step in range(STEPS):
-        channel = (group % groups * STEPS + step) * CHANNELS + tl.arange(0, CHANNELS)
+        channel = (group * STEPS + step) * CHANNELS + tl.arange(0, CHANNELS)
         known = channel < channels
         source, shown = _pair(table, first, channel, known, channels, MOVES)
         read, write = (channel, source) if SCATTER else (source, channel)
@@ -192,12 +200,7 @@ def warp_adjoint(
 
     ``inverse``: of the matrix [2, 2], then how far a window starts before that point, along x and y.
     """
-    program = tl.program_id(0)
-    group, tile = program // tiles, program % tiles
-    image = (group // groups).to(tl.int64)
-    i, j = _rectangle(tile, columns, ROWS, COLUMNS)
-    inside = (i < height) & (j < width)
-    cx, cy = (tl.zeros([], ACC) + width - 1) * 0.5, (tl.zeros([], ACC) + height - 1) * 0.5
+    image, group, _, i, j, inside, cx, cy = _placed(columns, tiles, groups, height, width, ACC, ROWS, COLUMNS)
     m0, m1, m2 = _number(numbers, 1, ACC), _number(numbers, 2, ACC), _number(numbers, 3, ACC)
     m3, m4, m5 = _number(numbers, 4, ACC), _number(numbers, 5, ACC), _number(numbers, 6, ACC)
     # In float32, whatever the type: the window has some to spare.
@@ -212,7 +215,7 @@ def warp_adjoint(
     g += image * g_b
     out += image * out_b + (i.to(tl.int64) * out_h + j.to(tl.int64) * out_w)[:, None]
     for step in range(STEPS):
-        channel = (group % groups * STEPS + step) * CHANNELS + tl.arange(0, CHANNELS)
+        channel = (group * STEPS + step) * CHANNELS + tl.arange(0, CHANNELS)
         known = channel < channels
         source, shown = _pair(table, first, channel, known, channels, MOVES)
         plane = g + channel.to(tl.int64)[None, :] * g_c

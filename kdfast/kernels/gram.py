@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import gram as reference
-from . import gram_compare, gram_norms, gram_pairs, gram_whole
+from . import gram_compare, gram_norms, gram_pairs, gram_tiles, gram_whole
 from ._launch import MOST_SHAPES, View, capability, cdiv, next_power_of_2, on_device, options, precision, view
 from .gram_products import Config
 
@@ -39,45 +39,6 @@ WHOLE_ROWS, WHOLE_ROWS_IEEE, WHOLE_ROWS_DOUBLE = 128, 80, 32
 EXACT, ROUNDED = "bf16x6", "bf16x3"
 PIECES = {"bf16x3": 2, "bf16x6": 3}
 COMPARED_ROWS = 512  # rows of Grams that one program compares; larger Grams are compared by PyTorch
-ROW_TILES = {16: (16, 0), 32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (64, 64)}
-# The same for products in pieces: two row tiles, columns, warps, stages. Measured on an H200 with Triton 3.6;
-# elsewhere (older tensor cores read operands from registers, other compilers allocate them otherwise), SPARE_*.
-WHOLE_TILES = {
-    16: (16, 0, 128, 4, 3),
-    32: (32, 0, 128, 4, 3),
-    64: (64, 0, 64, 4, 3),
-    80: (64, 16, 64, 4, 3),
-    96: (64, 32, 64, 4, 3),
-    128: (128, 0, 64, 8, 3),
-}
-APPLY_TILES = {
-    16: (16, 0, 128, 4, 3),
-    32: (32, 0, 128, 4, 3),
-    64: (64, 0, 64, 4, 3),
-    80: (64, 16, 64, 4, 2),
-    96: (64, 32, 64, 4, 2),
-    128: (128, 0, 64, 8, 2),
-}
-SPARE_WHOLE_TILES = {
-    16: (16, 0, 64, 4, 2),
-    32: (32, 0, 64, 4, 2),
-    64: (64, 0, 32, 4, 2),
-    80: (64, 16, 32, 8, 2),
-    96: (64, 32, 32, 8, 2),
-    128: (128, 0, 32, 8, 2),
-}
-SPARE_APPLY_TILES = SPARE_WHOLE_TILES
-# Products of more rows: rows of a tile, columns of a step, warps, stages
-PAIR_TILES = {16: (16, 128, 4, 3), 32: (32, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 3)}
-SPARE_PAIR_TILES = {16: (16, 64, 4, 2), 32: (32, 32, 4, 2), 64: (64, 32, 8, 2)}
-# Small matrices times a view of more rows: rows and columns of a tile, contracted elements of a step, warps, stages
-PAIR_APPLY_TILES = {
-    16: (16, 128, 16, 4, 3),
-    32: (32, 128, 32, 4, 3),
-    64: (64, 64, 64, 4, 3),
-    128: (128, 128, 32, 8, 3),
-}
-SPARE_PAIR_APPLY_TILES = {16: (16, 64, 16, 4, 2), 32: (32, 64, 32, 4, 2), 64: (64, 64, 16, 8, 2)}
 
 
 def gram(
@@ -153,11 +114,6 @@ def _precision(*dtypes: torch.dtype) -> tuple[str, int]:
 def _by_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The feature axes with the innermost in memory last: a comparison does not depend on the order of features."""
     return tuple(sorted((3, 4, 5), key=lambda axis: (sizes[axis] == 1, -strides[axis])))
-
-
-def _smallest(table: dict[int, tuple], rows: int) -> tuple:
-    """The entry of the smallest tile that holds the rows, or of the largest."""
-    return table[next((size for size in table if size >= rows), max(table))]
 
 
 def _matrices(v: Tensor, dtype: torch.dtype) -> Tensor:
@@ -258,17 +214,16 @@ class _Call:
         if self.pieces > 1:
             *tiles, stages = table[next(rows for rows in table if rows >= self.n)]
             return *tiles, self._stages(stages)
-        rows = next(rows for rows in ROW_TILES if rows >= self.n)
-        return *ROW_TILES[rows], self._columns(rows), 8 if rows >= 64 else 4, self._stages(stages)
+        rows = next(rows for rows in gram_tiles.ROW_TILES if rows >= self.n)
+        return *gram_tiles.ROW_TILES[rows], self._columns(rows), 8 if rows >= 64 else 4, self._stages(stages)
 
     def _grams(self, into: Tensor | None) -> Tensor:
         """K and L [G, 2 N N] (or more where ``into`` has more)."""
         if not self.whole:
             return self._pair_products(False, into)
         ieee = self.precision == "ieee"
-        r0, r1, columns, warps, stages = self._whole_tiles(
-            WHOLE_TILES if self.measured else SPARE_WHOLE_TILES, 2 if ieee else 3
-        )
+        table = gram_tiles.WHOLE_TILES if self.measured else gram_tiles.SPARE_WHOLE_TILES
+        r0, r1, columns, warps, stages = self._whole_tiles(table, 2 if ieee else 3)
         n, dx, dy, groups = self.n, self.dx, self.dy, self.groups
         splits = self._splits(2 * groups, max(dx, dy), columns)
         parts = self._parts(splits, 2 * n * n, into)
@@ -293,8 +248,9 @@ class _Call:
         dx, dy = (self.contracted, self.contracted) if cross else (self.dx, self.dy)
         count = nx * nx + ny * ny + cross * nx * ny
         if self.pieces > 1:
-            table = PAIR_TILES if self.measured and not cross and vx.flat and vy.flat else SPARE_PAIR_TILES
-            tile, columns, warps, stages = _smallest(table, max(nx, ny))
+            measured = self.measured and not cross and vx.flat and vy.flat
+            table = gram_tiles.PAIR_TILES if measured else gram_tiles.SPARE_PAIR_TILES
+            tile, columns, warps, stages = gram_tiles.smallest(table, max(nx, ny))
             columns = columns if self.aligned else 16
         else:
             tile = self._pair_tile(max(nx, ny))
@@ -383,9 +339,8 @@ class _Call:
         first, sides = int(not need_x), need_x + need_y
         ieee = self.precision == "ieee"
         if factors is None and self.whole:
-            r0, r1, columns, warps, stages = self._whole_tiles(
-                APPLY_TILES if self.measured else SPARE_APPLY_TILES, 2
-            )
+            table = gram_tiles.APPLY_TILES if self.measured else gram_tiles.SPARE_APPLY_TILES
+            r0, r1, columns, warps, stages = self._whole_tiles(table, 2)
             splits = self._splits(sides * self.groups, max(self.dx, self.dy), columns)
             config = self._config(r0, r1, columns, 1, self.vx, self.vy, ox, oy, even=self.n == r0 + r1)
             args = (self.vx, self.vy, ox, oy, small, self.n, self.dx, self.dy, splits, first, sides, config)
@@ -402,9 +357,9 @@ class _Call:
             ox, oy = ox.T, oy.T
         dx, dy = (self.contracted, self.contracted) if self.transposed else (self.dx, self.dy)
         if self.pieces > 1:
-            both = small is not None and factors is not None
-            table = PAIR_APPLY_TILES if self.measured and not both else SPARE_PAIR_APPLY_TILES
-            tile, columns, inner, warps, stages = _smallest(table, max(self.rows_x, self.rows_y))
+            measured = self.measured and (small is None or factors is None)
+            table = gram_tiles.PAIR_APPLY_TILES if measured else gram_tiles.SPARE_PAIR_APPLY_TILES
+            tile, columns, inner, warps, stages = gram_tiles.smallest(table, max(self.rows_x, self.rows_y))
         else:
             tile = self._pair_tile(max(self.rows_x, self.rows_y))
             columns, inner, warps, stages = (32, 16, 8, 2) if ieee else (64, 32, 4, 2)

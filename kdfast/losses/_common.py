@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,11 @@ def check_float(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: need a floating point tensor, got {describe(x)}")
 
 
+def check_integers(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name}: need an integer tensor, got {describe(x)}")
+
+
 def check_pair(student: Tensor, teacher: Tensor, min_dim: int = 2) -> None:
     """Float tensors of at least ``min_dim`` axes on one device, with equally many samples (rows)."""
     check_float("student", student)
@@ -67,6 +72,9 @@ def levels(student: Levels, teacher: Levels) -> list[tuple[Tensor, Tensor]]:
         )
     if isinstance(student, Tensor):
         return [(student, teacher)]
+    for name, maps in (("student", student), ("teacher", teacher)):
+        if not isinstance(maps, Collection):
+            raise TypeError(f"{name}: need a tensor or a sequence of tensors, got {describe(maps)}")
     if len(student) != len(teacher) or not len(student):
         raise ValueError(
             f"student and teacher need equally many levels, at least one: got {len(student)} and {len(teacher)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -21,10 +22,10 @@ RESIZES = ("bilinear", "pad", "crop", "none")
 def check_patches(patch_size: PatchSize, resize: str) -> tuple[int, int]:
     """The patch as (height, width)."""
     check_choice("resize", resize, RESIZES)
-    pair = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    pair = patch_size if isinstance(patch_size, Sequence) else (patch_size, patch_size)
     if len(pair) != 2 or not all(isinstance(p, int) and p > 0 for p in pair):
         raise ValueError(f"patch_size: need a positive int or a pair of them, got {patch_size!r}")
-    return pair
+    return tuple(pair)
 
 
 def check_maps(student: Tensor, teacher: Tensor, same_channels: bool) -> None:

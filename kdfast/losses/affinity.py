@@ -24,6 +24,8 @@ def dot_product_affinity(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
+
+    Source: Zhang & Ma, TPAMI 2023, Table IX; Wang et al., Non-local Neural Networks, CVPR 2018.
     """
     _check_maps(theta, phi, g)
     q, k, v = (x.flatten(2) for x in (theta, phi, g))  # [B, d, n], [B, d, m], [B, e, m]
@@ -50,6 +52,8 @@ def softmax_affinity(theta: Tensor, phi: Tensor, g: Tensor, *, scale: float | No
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
+
+    Source: Zhang & Ma, TPAMI 2023, Table IX; Wang et al., Non-local Neural Networks, CVPR 2018 (embedded Gaussian).
     """
     _check_maps(theta, phi, g)
     q, k, v = (x.flatten(2) for x in (theta, phi, g))

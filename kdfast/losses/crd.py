@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._common import Loss, check_pair, describe
+from ._common import Loss, check_integers, check_pair, describe
 from .features import wide
 
 
@@ -24,13 +24,17 @@ class CRDLoss(Loss):
         num_samples: N, size of the training set, rows of the two memory banks.
         num_negatives: n, drawn for every sample unless the call brings them.
         temperature, momentum, epsilon: τ, share of the old memory row in an update, ε.
-        weight: 0.8 in the published code.
+        weight: factor on the value; 0.8 in the published code.
 
     Shape: student [B, D_s], teacher [B, D_t] (maps are flattened), index [B] of the samples in the training set,
     negatives [B, n] indices (the published code draws them from other classes). Differentiable in student, teacher and
     the linear layers; the memory gets no gradient. It is updated at every call in training mode. With a process group,
     every process applies the updates of all, and Z is that of the joint batch (equal batch sizes on each); the memories
     must start equal, as DistributedDataParallel makes them, or by one seed.
+
+    Raises:
+        ValueError, TypeError: settings out of range; embeddings of other widths or devices; index or negatives that are
+            not integers of the shapes above. An index outside [0, N) fails in PyTorch's indexing.
     """
 
     memory: Tensor
@@ -54,9 +58,10 @@ class CRDLoss(Loss):
             raise ValueError(
                 f"num_samples and num_negatives: need at least 2 and 1, got {num_samples} and {num_negatives}"
             )
-        if not temperature > 0 or not 0 <= momentum <= 1:
+        if not temperature > 0 or not 0 <= momentum <= 1 or not epsilon >= 0:
             raise ValueError(
-                f"temperature must be above 0 and momentum in [0, 1], got {temperature!r} and {momentum!r}"
+                f"temperature, momentum, epsilon: need one above 0, one in [0, 1] and one of at least 0, got "
+                f"{temperature!r}, {momentum!r} and {epsilon!r}"
             )
         self.num_samples, self.num_negatives = num_samples, num_negatives
         self.temperature, self.momentum, self.epsilon = temperature, momentum, epsilon
@@ -72,12 +77,26 @@ class CRDLoss(Loss):
     ) -> Tensor:
         check_pair(student, teacher)
         rows = student.shape[0]
+        for name, v, layer in (
+            ("student", student, self.embed_student),
+            ("teacher", teacher, self.embed_teacher),
+        ):
+            if v.shape[1:].numel() != layer.in_features:
+                raise ValueError(
+                    f"{name}: need [B, {layer.in_features}], or maps with as many elements, got {describe(v)}"
+                )
+        check_integers("index", index)
         if index.shape != (rows,):
             raise ValueError(f"index: need [{rows}], one per sample, got {describe(index)}")
         if negatives is None:
             negatives = torch.randint(self.num_samples, (rows, self.num_negatives), device=student.device)
-        if negatives.dim() != 2 or negatives.shape[0] != rows:
-            raise ValueError(f"negatives: need [{rows}, n], got {describe(negatives)}")
+        check_integers("negatives", negatives)
+        fits = negatives.dim() == 2 and negatives.shape[0] == rows and negatives.shape[1] > 0
+        if not fits or negatives.device != index.device:
+            raise ValueError(
+                f"negatives: need [{rows}, n] with n >= 1 on the device of index, got {describe(negatives)}, "
+                f"index {describe(index)}"
+            )
         with torch.autocast(student.device.type, enabled=False):
             s = F.normalize(self.embed_student(wide(student.flatten(1))), dim=1)
             t = F.normalize(self.embed_teacher(wide(teacher.flatten(1))), dim=1)

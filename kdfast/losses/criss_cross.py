@@ -25,6 +25,8 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Raises:
         TypeError: an input is no floating point tensor.
         ValueError: shapes, types or devices that do not fit.
+
+    Source: Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_float(name, x)

@@ -141,6 +141,8 @@ class DirectionNormLoss(_ClassMeansLoss):
     Variants of the paper: *with classifier weights* (Table 5) is ``DirectionNormLoss(teacher.fc.weight)``. *Layer x*
     takes one instance per layer, each with that layer's class means, on pooled maps: ``loss(projector(f.mean((2, 3))),
     t.mean((2, 3)), labels)``; only the last embedding (x = 0) is best in the paper.
+
+    Differentiable and raises as the function.
     """
 
     def __init__(
@@ -176,9 +178,14 @@ class DirectionLoss(_ClassMeansLoss):
             divided by ``temperature``; classes without a mean (zero rows) take no part.
         temperature: of InfoNCE; the paper has none, that is 1.
         reduction, ignore_index: see :func:`direction_norm_loss`; the paper averages class-balanced.
+        weight: factor on the value.
 
     Shape: student [B, D], labels [B]. Called with (student, labels) or, as :class:`DirectionNormLoss` is, with
     (student, teacher, labels), where the teacher is not read. Differentiable in the student.
+
+    Raises:
+        ValueError, TypeError: as :func:`direction_norm_loss`; a temperature that is not above 0; centres per sample where
+            classes are needed.
     """
 
     def __init__(
@@ -249,9 +256,13 @@ class NormLoss(Loss):
         kind: ``"l2"``: |f_s - f_t|², summed over D. ``"sifn"``: (|f_s| - (|f_prev| + step))², the stepwise increase of
             feature norms (SAFN, Xu et al. 2019), where f_prev is the same step's detached student by default.
         step: r of Eq. 4. The paper gives none; 1 is from SAFN's code.
+        weight: factor on the value.
 
     Shape: student [B, D], teacher [B, D] (unused and optional for ``"sifn"``), ``previous_norms`` [B] for ``"sifn"``.
     Differentiable in student and, for ``"l2"``, teacher.
+
+    Raises:
+        ValueError, TypeError: an unknown kind; shapes, types or devices that do not fit.
     """
 
     def __init__(self, kind: Literal["l2", "sifn"] = "l2", step: float = 1.0, *, weight: float = 1.0) -> None:
@@ -267,7 +278,7 @@ class NormLoss(Loss):
             raise ValueError(f"student: need [B, D], got {describe(student)}")
         rows = max(student.shape[0], 1)  # an empty batch has loss 0
         if self.kind == "l2":
-            if teacher is None or teacher.shape != student.shape:
+            if not isinstance(teacher, Tensor) or teacher.shape != student.shape:
                 raise ValueError(
                     f"teacher: kind='l2' needs the student's shape {describe(student)}, got {describe(teacher)}"
                 )
@@ -276,9 +287,9 @@ class NormLoss(Loss):
         norms = norm(_wide(student))  # [B]
         if previous_norms is None:
             previous_norms = norms.detach()
-        elif previous_norms.shape != norms.shape:
+        elif not isinstance(previous_norms, Tensor) or previous_norms.shape != norms.shape:
             raise ValueError(
-                f"previous_norms: need {list(norms.shape)}, one per sample, got {describe(previous_norms)}"
+                f"previous_norms: need a tensor {list(norms.shape)}, one per sample, got {describe(previous_norms)}"
             )
         return self.weight * (norms - (previous_norms + self.step)).square().sum() / rows
 
@@ -295,7 +306,13 @@ class EmbeddingProjector(nn.Sequential):
         dropout: probability; 0.5 in the published code.
         init: ``"zero_bias"`` (CIFAR: PyTorch's weight, bias 0) or ``"normal"`` (ImageNet: both from N(0, 0.01²)).
 
-    Shape: [B, in_dim] to [B, out_dim]. The classifier keeps reading the embedding before it.
+    Shape: [B, in_dim] to [B, out_dim]. The classifier keeps reading the embedding before it. Differentiable in its input
+    and parameters.
+
+    Raises:
+        ValueError: an unknown ``init``.
+
+    Source: Wang et al., KD++, and its published code.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.gram import gram
-from ._common import Levels, Loss, check_pair, describe, levels, total
+from ._common import Levels, Loss, check_float, check_pair, describe, levels, total
 
 
 def wide(x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def check_maps(student: Tensor, teacher: Tensor) -> None:
 def check_same_shape(student: Tensor, teacher: Tensor, hint: str) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student and teacher differ in shape, {list(student.shape)} and {list(teacher.shape)}: {hint}"
+            f"student and teacher need one shape, got {list(student.shape)} and {list(teacher.shape)}: {hint}"
         )
 
 
@@ -40,9 +40,15 @@ class ConvAdapter(nn.Sequential):
 
     Args:
         student_shape, teacher_shape: (C, H, W).
+
+    Raises:
+        ValueError: shapes of other than three numbers, or of which no such convolution makes one the other.
     """
 
     def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
+        for name, shape in (("student_shape", student_shape), ("teacher_shape", teacher_shape)):
+            if len(shape) != 3:
+                raise ValueError(f"{name}: need (C, H, W), got {tuple(shape)}")
         (c, h, w), (out, th, tw) = student_shape, teacher_shape
         if (h, w) == (2 * th, 2 * tw):
             conv: nn.Module = nn.Conv2d(c, out, 3, stride=2, padding=1)
@@ -59,17 +65,20 @@ class ConvAdapter(nn.Sequential):
 
 
 def _adapters(
-    student: Sequence | int | None, teacher: Sequence | int | None, make, single: type
+    student: Sequence | int | None, teacher: Sequence | int | None, make, what: str
 ) -> nn.ModuleList:
-    """One adapter per level; identities where no shapes are given."""
+    """One adapter per level, none where nothing is given; ``what``: ``"shape"`` or ``"channels"``."""
+    names = f"student_{what} and teacher_{what}"
     if (student is None) != (teacher is None):
-        raise ValueError(
-            f"give the student's and the teacher's shapes, or neither: got {student!r} and {teacher!r}"
-        )
+        raise ValueError(f"{names}: need both or neither, got {student!r} and {teacher!r}")
     if student is None:
         return nn.ModuleList()
-    one = isinstance(student, int) if single is int else isinstance(student[0], int)
-    pairs = [(student, teacher)] if one else list(zip(student, teacher, strict=True))
+    one, other = (
+        isinstance(v, int) or (what == "shape" and isinstance(v[0], int)) for v in (student, teacher)
+    )
+    if one != other or (not one and len(student) != len(teacher)):
+        raise ValueError(f"{names}: need one each, or equally many levels, got {student!r} and {teacher!r}")
+    pairs = [(student, teacher)] if one else zip(student, teacher, strict=True)
     return nn.ModuleList(make(s, t) for s, t in pairs)
 
 
@@ -77,7 +86,11 @@ def _adapted(adapters: nn.ModuleList, pairs: list[tuple[Tensor, Tensor]]) -> lis
     if not len(adapters):
         return pairs
     if len(adapters) != len(pairs):
-        raise ValueError(f"student: {len(adapters)} levels were configured, got {len(pairs)}")
+        raise ValueError(f"student: need {len(adapters)} levels, one per adapter, got {len(pairs)}")
+    for adapt, (s, t) in zip(adapters, pairs, strict=True):
+        check_maps(s, t)
+        if s.shape[1] != adapt[0].in_channels:
+            raise ValueError(f"student: need maps [B, {adapt[0].in_channels}, H, W], got {describe(s)}")
     return [(adapt(s), t) for adapt, (s, t) in zip(adapters, pairs, strict=True)]
 
 
@@ -87,9 +100,12 @@ class FitNetLoss(Loss):
     Args:
         student_shape, teacher_shape: (C, H, W), or a list of them, one per level; builds a :class:`ConvAdapter` for
             each, trained with the student. None: the maps have one shape already.
-        weight: 100 in common practice.
+        weight: factor on the value; 100 in common practice.
 
     Shape: maps [B, C, H, W] or sequences of them. Differentiable in both, and in the adapters.
+
+    Raises:
+        ValueError, TypeError: shapes that no adapter joins; levels or maps that do not fit together or the adapters.
     """
 
     def __init__(
@@ -100,7 +116,7 @@ class FitNetLoss(Loss):
         weight: float = 1.0,
     ) -> None:
         super().__init__(weight)
-        self.adapters = _adapters(student_shape, teacher_shape, ConvAdapter, tuple)
+        self.adapters = _adapters(student_shape, teacher_shape, ConvAdapter, "shape")
 
     def forward(self, student: Levels, teacher: Levels) -> Tensor:
         terms = []
@@ -134,9 +150,12 @@ class AttentionTransferLoss(Loss):
 
     Args:
         p: exponent of |activation|, averaged over the channels.
-        weight: 1000 in common practice.
+        weight: factor on the value; 1000 in common practice.
 
     Shape: maps [B, C, H, W] or sequences of them; channels and sizes may differ. Differentiable in both.
+
+    Raises:
+        ValueError, TypeError: p below 1; levels or maps that do not fit together.
     """
 
     def __init__(self, *, p: float = 2.0, weight: float = 1.0) -> None:
@@ -160,6 +179,9 @@ class ICKDLoss(Loss):
         weight: factor on the value.
 
     Shape: maps [B, C, H, W] or sequences of them; sizes may differ. Differentiable in both, and in the embedding.
+
+    Raises:
+        ValueError, TypeError: levels, maps or channels that do not fit together or the embedding.
     """
 
     def __init__(
@@ -174,7 +196,7 @@ class ICKDLoss(Loss):
         def embed(c: int, out: int) -> nn.Module:
             return nn.Sequential(nn.Conv2d(c, out, 1, bias=False), nn.BatchNorm2d(out))
 
-        self.adapters = _adapters(student_channels, teacher_channels, embed, int)
+        self.adapters = _adapters(student_channels, teacher_channels, embed, "channels")
 
     def forward(self, student: Levels, teacher: Levels) -> Tensor:
         terms = []
@@ -216,10 +238,13 @@ class FGFILoss(Loss):
     Args:
         student_channels, teacher_channels: builds a 3 x 3 convolution with ReLU, trained with the student; None: the
             maps have one shape already.
-        weight: 0.01 in the published code, which leaves the term out for the first few hundred steps.
+        weight: factor on the value; 0.01 in the published code, which leaves the term out for the first few hundred steps.
 
     Shape: student and teacher [B, C, H, W]; mask [B, H, W], from :func:`imitation_mask`. An empty mask gives 0.
     Differentiable in student, teacher and the adapter.
+
+    Raises:
+        ValueError, TypeError: maps that do not fit together or the adapter; another mask.
     """
 
     def __init__(
@@ -230,14 +255,18 @@ class FGFILoss(Loss):
         def adapt(c: int, out: int) -> nn.Module:
             return nn.Sequential(nn.Conv2d(c, out, 3, padding=1), nn.ReLU())
 
-        self.adapters = _adapters(student_channels, teacher_channels, adapt, int)
+        self.adapters = _adapters(student_channels, teacher_channels, adapt, "channels")
 
     def forward(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         check_maps(student, teacher)
         ((student, teacher),) = _adapted(self.adapters, [(student, teacher)])
         check_same_shape(student, teacher, "give student_channels and teacher_channels for an adapter")
-        if mask.shape != student[:, 0].shape:
-            raise ValueError(f"mask: need [B, H, W] = {list(student[:, 0].shape)}, got {describe(mask)}")
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: need a tensor, got {describe(mask)}")
+        if mask.shape != student[:, 0].shape or mask.device != student.device:
+            raise ValueError(
+                f"mask: need [B, H, W] = {list(student[:, 0].shape)} on {student.device}, got {describe(mask)}"
+            )
         mask = mask.to(torch.float32)
         # where, not a product: a masked value that is infinite must not matter
         difference = torch.where(mask[:, None] != 0, wide(teacher) - wide(student), 0)
@@ -253,8 +282,14 @@ def imitation_mask(anchors: Tensor, boxes: Tensor, *, threshold: float = 0.5) ->
         anchors: [H, W, A, 4]; boxes: [G, 4], ground truth; both (x1, y1, x2, y2) in pixels.
 
     Returns:
-        bool [H, W]; False everywhere without boxes.
+        bool [H, W]; False everywhere without boxes. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: anchors that are not floats; anchors or boxes of other shapes.
     """
+    check_float("anchors", anchors)
+    if not isinstance(boxes, Tensor):
+        raise TypeError(f"boxes: need a tensor, got {describe(boxes)}")
     if anchors.dim() != 4 or anchors.shape[3] != 4 or boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(
             f"anchors need [H, W, A, 4] and boxes [G, 4], got anchors {describe(anchors)}, boxes {describe(boxes)}"

@@ -62,14 +62,18 @@ def linear_cka(
             Zhou et al. (IJCAI 2024) as printed, and their published code.
         row_norm: ``"row"`` divides row i of each Gram by sqrt(K_ii) (published code); ``"cosine"`` scales every sample
             to unit length first.
-        debiased: unbiased HSIC (Nguyen et al. 2021), for small batches; may be below 0, needs N >= 4.
+        debiased: unbiased HSIC (Nguyen et al. 2021), for small batches; may be below 0. With N < 4 it is not defined,
+            the CKA then is 0, without gradient.
 
     Returns:
         float32 scalar (float64 for float64 inputs) in [0, 1], differentiable in both inputs. A representation that is
         zero (after centring) has CKA 0; with N = 2 the centred CKA is 1 whatever the features. Neither has a gradient.
 
     Raises:
-        ValueError, TypeError: inputs that are not float tensors with equally many samples on one device.
+        ValueError, TypeError: inputs that are not float tensors with equally many samples on one device; an unknown
+            ``row_norm``, or ``"row"`` debiased.
+
+    Source: Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019.
     """
     return 1 - _distance(student, teacher, centered, row_norm, debiased, 1.0)
 
@@ -100,6 +104,9 @@ class CKALoss(Loss):
         weight: factor on the value.
 
     Shape: student and teacher [N, ...], or sequences of such levels, whose losses are summed. Differentiable in both.
+
+    Raises:
+        ValueError, TypeError: see :func:`linear_cka`; unequal numbers of levels.
     """
 
     def __init__(
@@ -130,8 +137,15 @@ class LogitCKALoss(Loss):
         centered: subtract the mean over samples (intra) and over classes (inter).
         row_norm: see :func:`linear_cka`.
         temperature: compare softmax(logits / temperature) instead of the logits.
+        weight: factor on the value.
 
     Shape: student and teacher [N, K]; K must agree unless ``inter_weight`` is 0. Differentiable in both.
+
+    Raises:
+        ValueError, TypeError: logits that are not float tensors of these shapes on one device; an unknown ``row_norm``; a
+            temperature that is not above 0.
+
+    Source: Zhou et al., IJCAI 2024.
     """
 
     def __init__(
@@ -220,8 +234,12 @@ class RCKALoss(Loss):
         logit_weight: β of Eq. 4, on intra + inter CKA of the logits. The paper's main text gives neither; 1 and 15 are
             from the authors' code.
         centered, row_norm: see :func:`linear_cka`.
+        weight: factor on the value.
 
     Shape: features [N, ...] or sequences of them; logits [N, K]. Differentiable in all four.
+
+    Raises:
+        ValueError, TypeError: see :class:`CKALoss` and :class:`LogitCKALoss`.
     """
 
     def __init__(
@@ -271,6 +289,12 @@ class GramMMDLoss(_GramLoss):
         weight: factor on the value.
 
     Shape: student and teacher [N, ...] (patches: [B, C, H, W]), or sequences of such levels. Differentiable in both.
+
+    Raises:
+        ValueError, TypeError: an unknown ``kind``, ``average`` or ``resize``; levels, samples, channels or numbers of
+            patches that do not match.
+
+    Source: Zhou et al., IJCAI 2024.
     """
 
     def __init__(
@@ -304,8 +328,13 @@ class GramMMDLoss(_GramLoss):
 class SimilarityPreservingLoss(_GramLoss):
     """Similarity-preserving distillation (Tung & Mori, ICCV 2019): |K̃ - L̃|²_F / N², rows of the Grams of unit length.
 
-    Shape: student and teacher [N, ...], or sequences of such levels. Differentiable in both. The published weight is
-    3000.
+    Args:
+        weight: factor on the value; 3000 in the published code.
+
+    Shape: student and teacher [N, ...], or sequences of such levels, whose losses are summed. Differentiable in both.
+
+    Raises:
+        ValueError, TypeError: inputs that are not float tensors with equally many samples on one device.
     """
 
     def __init__(self, *, weight: float = 1.0) -> None:
@@ -321,8 +350,14 @@ class PairwiseAffinityLoss(Loss):
     The N x N affinities of N = H W pixels are not formed when the channels are fewer: |K - L|² comes from C x C
     products.
 
+    Args:
+        weight: factor on the value.
+
     Shape: student [B, C, H, W], teacher [B, C', H, W], or sequences of such levels; mean over images, sum over levels.
     Differentiable in both.
+
+    Raises:
+        ValueError, TypeError: maps that are not float tensors of one size on one device.
     """
 
     def __init__(self, *, weight: float = 1.0) -> None:

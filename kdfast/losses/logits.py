@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..ops.logits import logits
-from ._common import Loss, check_choice, check_float, describe
+from ._common import Loss, check_choice, check_float, check_integers, describe
 
 Vocabulary = Literal["error", "truncate"]
 
@@ -39,8 +38,7 @@ def _check(
             f"student and teacher must be on one device, got {describe(student)}, {describe(teacher)}"
         )
     if labels is not None:
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise TypeError(f"labels: need an integer tensor, got {describe(labels)}")
+        check_integers("labels", labels)
         if labels.shape != student.shape[:-1] or labels.device != student.device:
             raise ValueError(
                 f"labels: need {list(student.shape[:-1])} on {student.device} for logits {list(student.shape)}, "
@@ -64,6 +62,8 @@ class _LogitLoss(Loss):
         self, student: Tensor, teacher: Tensor, labels: Tensor | None, kind: str, alpha: float, beta: float
     ) -> Tensor:
         least = 2 if kind in ("dkd", "nkd") else 1
+        if least == 2:
+            check_integers("labels", labels)
         student, teacher, labels = _check(student, teacher, labels, self.vocabulary, least)
         return logits(
             student,
@@ -92,7 +92,8 @@ class KDLoss(_LogitLoss):
     ignored; exactly 0 for equal logits.
 
     Raises:
-        ValueError, TypeError: shapes that do not fit, tensors on different devices, logits that are not floats.
+        ValueError, TypeError: shapes that do not fit, tensors on different devices, logits that are not floats, labels
+            that are not integers, a temperature that is not above 0.
     """
 
     def __init__(
@@ -123,6 +124,10 @@ class DKDLoss(_LogitLoss):
     Shape: student and teacher [..., K], K >= 2; labels [...], in [0, K) or ``ignore_index``; other labels raise
     on the CPU and make the value NaN on a GPU, where a check would wait for it. Differentiable in student and teacher.
     The published warm-up multiplies the value by min(1, epoch / 20).
+
+    Raises:
+        ValueError, TypeError: see :class:`KDLoss`; no labels.
+        RuntimeError, IndexError: on the CPU, a label outside [0, K) that is not ``ignore_index``.
     """
 
     def __init__(
@@ -153,6 +158,8 @@ class NKDLoss(_LogitLoss):
         ignore_index, vocabulary, weight: see :class:`KDLoss`.
 
     Shape: as :class:`DKDLoss`. Differentiable in student and, through q̂, in teacher.
+
+    Raises: as :class:`DKDLoss`.
     """
 
     def __init__(
@@ -185,6 +192,8 @@ class DISTLoss(_LogitLoss):
 
     Shape: student and teacher [..., K]; labels [...] (only compared with ``ignore_index``) or None. Differentiable in
     student and teacher.
+
+    Raises: as :class:`KDLoss`.
     """
 
     def __init__(

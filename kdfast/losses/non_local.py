@@ -97,7 +97,10 @@ class NonLocalBlock(nn.Module):
     CrissCrossAttention), whose weights load.
 
     Raises:
-        ValueError, TypeError: unknown kind; a map smaller than ``key_stride`` or of other than C channels.
+        ValueError, TypeError: unknown kind; channels or ``key_stride`` that are not integers above 0; a map smaller than
+            ``key_stride`` or of other than C channels.
+
+    Source: Wang et al., Non-local Neural Networks, CVPR 2018; Huang et al., CCNet, ICCV 2019.
     """
 
     def __init__(
@@ -116,6 +119,9 @@ class NonLocalBlock(nn.Module):
         if not isinstance(key_stride, int) or key_stride < 1 or (crossing and key_stride > 1):
             need = "1, the keys are the pixel's row and column" if crossing else "an integer above 0"
             raise ValueError(f"key_stride: kind {kind!r} needs {need}; got {key_stride!r}")
+        for name, count in (("in_channels", in_channels), ("inter_channels", inter_channels)):
+            if not (isinstance(count, int) and count > 0) and (name, count) != ("inter_channels", None):
+                raise ValueError(f"{name}: need an integer above 0, got {count!r}")
         inter = inter_channels or max(1, in_channels // (8 if crossing else 2))
         self.in_channels, self.inter_channels = in_channels, inter
         self.kind, self.key_stride, self.residual = kind, key_stride, residual

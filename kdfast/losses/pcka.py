@@ -141,6 +141,10 @@ class PatchLoss(Loss):
 
     Shape: student and teacher [B, C, H, W], or sequences of such levels, whose losses are summed. Differentiable in
         both.
+
+    Raises:
+        ValueError, TypeError: an unknown base; a temperature that is not above 0; levels, channels or numbers of patches
+            that do not match.
     """
 
     def __init__(
@@ -224,6 +228,9 @@ class MimicLoss(Loss):
 
     Shape: student [B, student_channels, H, W], teacher [B, teacher_channels, H, W], or sequences of such levels, whose
     losses are summed. Differentiable in both and in the convolutions.
+
+    Raises:
+        ValueError, TypeError: channels for unequal numbers of levels; levels, sizes or channels that do not match.
     """
 
     def __init__(
@@ -240,6 +247,11 @@ class MimicLoss(Loss):
                 f"{student_channels!r} and {teacher_channels!r}"
             )
         shared = isinstance(student_channels, int)
+        if not shared and (len(student_channels) != len(teacher_channels) or not len(student_channels)):
+            raise ValueError(
+                f"student_channels and teacher_channels need equally many levels, at least one: got "
+                f"{student_channels!r} and {teacher_channels!r}"
+            )
         pairs = (
             [(student_channels, teacher_channels)]
             if shared

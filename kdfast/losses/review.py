@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._common import Loss, levels, total
+from ._common import Loss, check_pair, describe, levels, total
 from .features import hierarchical_context
 
 
@@ -50,10 +50,13 @@ class ReviewKDLoss(Loss):
     Args:
         student_channels, teacher_channels: of the levels, shallow to deep; the last is usually the pooled embedding.
         mid_channels: of the fused maps; min(512, deepest student level) by default.
-        weight: published weights are 1 to 8, with a warm-up of 20 epochs (CIFAR) or 1 (ImageNet).
+        weight: factor on the value; published weights are 1 to 8, with a warm-up of 20 epochs (CIFAR) or 1 (ImageNet).
 
     Shape: sequences of maps [B, C, H, W]; an embedding [B, C] counts as a map of 1 x 1. The published code takes the
     teacher's levels before their last ReLU. Differentiable in all levels and in the fusion modules.
+
+    Raises:
+        ValueError, TypeError: unequal numbers of levels; levels that are no maps or embeddings, or of other channels.
     """
 
     def __init__(
@@ -82,7 +85,13 @@ class ReviewKDLoss(Loss):
             raise TypeError("student and teacher: need sequences of levels, got a tensor")
         pairs = levels(student, teacher)
         if len(pairs) != len(self.fusions):
-            raise ValueError(f"student: {len(self.fusions)} levels were configured, got {len(pairs)}")
+            raise ValueError(f"student: need {len(self.fusions)} levels, one per fusion, got {len(pairs)}")
+        for fusion, pair in zip(self.fusions, pairs, strict=True):
+            check_pair(*pair)
+            channels = fusion.reduce[0].in_channels, fusion.project[0].out_channels
+            for name, v, need in zip(("student", "teacher"), pair, channels, strict=True):
+                if v.dim() not in (2, 4) or v.shape[1] != need:
+                    raise ValueError(f"{name}: need [B, {need}, H, W] or [B, {need}], got {describe(v)}")
         terms, above = [], None
         for fusion, (s, t) in reversed(list(zip(self.fusions, pairs, strict=True))):
             s, t = (v[:, :, None, None] if v.dim() == 2 else v for v in (s, t))

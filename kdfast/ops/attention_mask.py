@@ -104,6 +104,8 @@ def _pooled_gradients(ctx: Any, side: int, grad_loss, grad_spatial, grad_channel
                 softmax = weights / count
             else:
                 softmax = torch.softmax(pooled[0, side].flatten(1) / s.temperature, 1) / 2
+            # Only differences of slopes count. From the largest weight's nothing cancels where that weight is almost all.
+            slope = slope - slope.gather(1, softmax.argmax(1, keepdim=True))
             scale = 1 if s.softmax_of_sum else 2
             part = softmax * (slope - scale * (softmax * slope).sum(1, keepdim=True))
             result[0] += part.view(result[0].shape)
