@@ -32,11 +32,14 @@ constexpr int64_t kTileBytes = 200 * 1024;          // of one tile: two of them 
 constexpr int64_t kMinChunk = 64, kMaxChunk = 512;  // columns of a tile
 constexpr int64_t kLongChunk =
     256;  // where it does not fit: the sums across lanes at its end weigh more than L2 misses
+constexpr int64_t kMinGradientChunk = 32;   // of a gradient
 constexpr int64_t kManyGroups = 8;          // from here on one task per group
 constexpr int64_t kTasks = 8;               // wanted where there are fewer groups
 constexpr int64_t kTaskElements = 1 << 15;  // to read, below which a second thread does not pay
 constexpr int64_t kSplits = 16;             // of the features of a group, at the most
+constexpr int64_t kLeastTriangle = 96;      // rows of Grams that are compared by their upper triangles
 constexpr int64_t kPartialBytes = 1 << 19;  // of partial matrices, or 1/32 of the inputs
+constexpr int64_t kPartProducts = 1 << 19;  // multiply-adds, below which a second thread does not pay
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
@@ -84,13 +87,13 @@ class GramProblem {
     for (int s : {0, 1}) {
       rows_[s] = view(s).rows + extend_;
       padded_[s] = std::max(round_up(rows_[s], k_.product_rows), round_up(rows_[s], k_.product_columns));
-      chunk_[s] = chunk_size(padded_[s], view(s));
     }
-    if (cross_) chunk_[0] = chunk_[1] = std::min(chunk_[0], chunk_[1]);
-    for (int s : {0, 1}) ld_[s] = tile_ld(chunk_[s]);
     offset_[1] = padded_[0] * padded_[0];
     offset_[2] = offset_[1] + padded_[1] * padded_[1];
     elements_ = offset_[2] + (cross_ ? padded_[0] * padded_[1] : 0);
+    for (int s : {0, 1}) chunk_[s] = chunk_size(padded_[s], view(s));
+    if (cross_) chunk_[0] = chunk_[1] = std::min(chunk_[0], chunk_[1]);
+    for (int s : {0, 1}) ld_[s] = tile_ld(chunk_[s]);
     if (measures_ || !measures_rows(flags)) return;
     measures_ = std::make_shared<RowMeasures<A>>();
     measures_late_ = groups_ >= kManyGroups && !norms();
@@ -104,6 +107,11 @@ class GramProblem {
     }
   }
 
+  // Whether a comparison reads no more of XX and YY than what lies on and above their diagonals.
+  bool by_triangles() const {
+    const GramFlags& f = flags_;
+    return f.compare == Compare::cka && !cross_ && !f.cosine && view(0).rows >= kLeastTriangle;
+  }
   static bool extends(const GramFlags& f) { return !f.feature_side && f.centered && (f.inter || f.cosine); }
   // Whether tiles need to know whole rows.
   static bool measures_rows(const GramFlags& f) {
@@ -151,7 +159,7 @@ class GramProblem {
 
   // Calls f(group, matrices) with the complete matrices of every group, in parallel over groups. known(group,
   // matrices): fills them if they were kept, of many groups some. whole: else XX and YY may lack what lies
-  // below their diagonals.
+  // below their diagonals, as they do where they are compared by triangles.
   template <class F, class K>
   void for_matrices(const F& f, const K& known, bool whole = true) const {
     if (groups_ >= kManyGroups) {
@@ -162,31 +170,31 @@ class GramProblem {
             Buffer<A> tiles(tile_elements(0) + tile_elements(1));  // given back before f takes its own
             std::memset(matrices.get(), 0, elements_ * sizeof(A));
             accumulate(g, 0, 1, 0, 1, tiles.get(), matrices.get());
-            if (whole) mirror(matrices.get());
+            if (whole) complete(matrices.get());
           }
           f(g, matrices.get());
         }
       });
       return;
     }
-    const int64_t input =
-        groups_ * (view(0).rows * view(0).features + view(1).rows * view(1).features) * sizeof(A);
-    const int64_t allowed =
-        std::max<int64_t>(kPartialBytes, input / 32) / std::max<int64_t>(elements_ * groups_ * sizeof(A), 1);
     const int64_t chunks = std::max<int64_t>(1, std::max(chunks_of(0), chunks_of(1)));
-    const int64_t splits = std::clamp<int64_t>(allowed, 1, std::min(kSplits, chunks));
-    // Shares of the matrices change no result, so they follow the threads; each packs the tiles again.
-    const int64_t parts = ceil_div(num_threads(), std::max<int64_t>(groups_ * splits, 1));
+    const int64_t splits = std::clamp<int64_t>(allowed_splits(), 1, std::min(kSplits, chunks));
     Buffer<A> partial(elements_ * groups_ * splits);
-    std::memset(partial.get(), 0, elements_ * groups_ * splits * sizeof(A));
-    parallel_for(0, groups_ * splits * parts, 1, [&](int64_t begin, int64_t end) {
-      Buffer<A> tiles(tile_elements(0) + tile_elements(1));
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t part = task % parts, split = task / parts % splits, g = task / parts / splits;
-        accumulate(g, split, splits, part, parts, tiles.get(),
-                   partial.get() + (g * splits + split) * elements_);
-      }
-    });
+    // Shares of the matrices change no result, so they follow the threads.
+    const int64_t parts = ceil_div(num_threads(), std::max<int64_t>(groups_ * splits, 1));
+    if (splits == 1 && parts > 1) {
+      add_together(partial.get());
+    } else {
+      std::memset(partial.get(), 0, elements_ * groups_ * splits * sizeof(A));
+      parallel_for(0, groups_ * splits * parts, 1, [&](int64_t begin, int64_t end) {
+        Buffer<A> tiles(tile_elements(0) + tile_elements(1));
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t part = task % parts, split = task / parts % splits, g = task / parts / splits;
+          accumulate(g, split, splits, part, parts, tiles.get(),
+                     partial.get() + (g * splits + split) * elements_);
+        }
+      });
+    }
     for (int64_t g = 0; g < groups_; ++g) {
       A* sum = partial.get() + g * splits * elements_;
       parallel_for(0, splits > 1 ? elements_ : 0, 16384, [&](int64_t begin, int64_t end) {
@@ -195,7 +203,7 @@ class GramProblem {
           for (int64_t i = begin; i < end; ++i) sum[i] += from[i];
         }
       });
-      if (whole) mirror(sum);
+      if (whole) complete(sum);
       f(g, sum);
     }
   }
@@ -250,7 +258,8 @@ class GramProblem {
   }
 
   // XX and YY hold only their upper triangles so far.
-  void mirror(A* matrices) const {
+  void complete(A* matrices) const {
+    if (by_triangles()) return;
     k_.mirror(xx(matrices), rows_[0], padded_[0]);
     k_.mirror(yy(matrices), rows_[1], padded_[1]);
   }
@@ -265,13 +274,21 @@ class GramProblem {
     return round_up(view(side).rows, k_.mix_rows) * rows_[from];
   }
   int64_t chunks_of(int side) const { return ceil_div(view(side).features, chunk_[side]); }
+  // Columns of a gradient that are written at a time: less than a tile's where threads would be idle.
+  int64_t gradient_chunk(int side) const {
+    if (groups_ >= kManyGroups || view(side).unit > 1) return chunk_[side];
+    const int64_t share = round_up(ceil_div(view(side).features, kTasks), k_.lanes);
+    return std::min(chunk_[side], std::max(share, kMinGradientChunk));
+  }
+  int64_t gradient_chunks(int side) const { return ceil_div(view(side).features, gradient_chunk(side)); }
   int64_t gradient_scratch(int side) const {
     return tile_elements(side) + (cross_ ? tile_elements(1 - side) : 0) + padded_[side] * ld_[side];
   }
 
   void write_gradient(int side, int64_t g, int64_t chunk, const Mix& m, A* scratch) const {
     A *mine = scratch, *out = mine + tile_elements(side), *theirs = out + padded_[side] * ld_[side];
-    const int64_t first = chunk * chunk_[side], count = std::min(chunk_[side], view(side).features - first);
+    const int64_t first = chunk * gradient_chunk(side),
+                  count = std::min(gradient_chunk(side), view(side).features - first);
     const int64_t n = view(side).rows, width = round_up(count, k_.lanes);
     pack(side, g, first, count, mine);
     k_.mix(m.own, n, rows_[side], mine, ld_[side], width, false, out);
@@ -302,10 +319,18 @@ class GramProblem {
   int64_t tile_elements(int side) const { return padded_[side] * ld_[side] + ld_[side]; }
   A* column_scale(int side, A* tile) const { return tile + padded_[side] * ld_[side]; }
 
+  // Partial sums of all matrices for which there is memory.
+  int64_t allowed_splits() const {
+    const int64_t input =
+        groups_ * (view(0).rows * view(0).features + view(1).rows * view(1).features) * sizeof(A);
+    return std::max<int64_t>(kPartialBytes, input / 32) /
+           std::max<int64_t>(elements_ * groups_ * sizeof(A), 1);
+  }
+
   int64_t chunk_size(int64_t padded_rows, const TileSource<A>& v) const {
     const int64_t fit = kTileBytes / (padded_rows * static_cast<int64_t>(sizeof(A))) / k_.lanes * k_.lanes;
-    const int64_t share =
-        groups_ < kManyGroups ? round_up(ceil_div(v.features, kTasks), k_.lanes) : kMaxChunk;
+    const bool splits = groups_ < kManyGroups && allowed_splits() > 1;
+    const int64_t share = splits ? round_up(ceil_div(v.features, kTasks), k_.lanes) : kMaxChunk;
     const int64_t wanted =
         std::clamp<int64_t>(std::max(fit, kLongChunk), kMinChunk, std::clamp(share, kMinChunk, kMaxChunk));
     // Rows of a tile that are no longer than they need be lie close together.
@@ -369,31 +394,75 @@ class GramProblem {
     subtract(0, 0, xx(matrices)), subtract(1, 1, yy(matrices)), subtract(0, 1, xy(matrices));
   }
 
-  void accumulate(int64_t g, int64_t split, int64_t splits, int64_t part, int64_t parts, A* tiles,
-                  A* matrices) const {
-    A* tile[2] = {tiles, tiles + tile_elements(0)};
-    std::vector<double> sums[2];
-    for (int s : {0, 1}) sums[s].assign(measures_late_ ? view(s).rows : 0, 0.0);
-    const auto sums_of = [&](int s) { return measures_late_ ? sums[s].data() : nullptr; };
-    const auto product = [&](int a, int b, int64_t width, A* out) {
-      k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, a == b, part, parts, out,
-                  padded_[b]);
-    };
+  // Calls pack_tile(side, first, count) and product(a, b, width, out) for chunks [begin, end) of the chunks
+  // that each side has, in shares of `splits`.
+  template <class P, class M>
+  void for_chunks(int64_t split, int64_t splits, A* matrices, const P& pack_tile, const M& product) const {
     for (int s : {0, 1}) {
       if (cross_ && s == 1) break;  // both sides go together
       const int64_t chunks = chunks_of(s);
       for (int64_t c = chunks * split / splits; c < chunks * (split + 1) / splits; ++c) {
         const int64_t first = c * chunk_[s], count = std::min(chunk_[s], view(s).features - first);
         const int64_t width = round_up(count, k_.lanes);
-        pack(s, g, first, count, tile[s], sums_of(s));
-        product(s, s, width, matrices + (s ? offset_[1] : 0));
+        pack_tile(s, first, count);
+        product(s, s, width, s ? yy(matrices) : xx(matrices));
         if (!cross_) continue;
-        pack(1, g, first, count, tile[1], sums_of(1));
+        pack_tile(1, first, count);
         product(1, 1, width, yy(matrices));
         product(0, 1, width, xy(matrices));
       }
     }
+  }
+
+  void accumulate(int64_t g, int64_t split, int64_t splits, int64_t part, int64_t parts, A* tiles,
+                  A* matrices) const {
+    A* tile[2] = {tiles, tiles + tile_elements(0)};
+    std::vector<double> sums[2];
+    for (int s : {0, 1}) sums[s].assign(measures_late_ ? view(s).rows : 0, 0.0);
+    for_chunks(
+        split, splits, matrices,
+        [&](int s, int64_t first, int64_t count) {
+          pack(s, g, first, count, tile[s], measures_late_ ? sums[s].data() : nullptr);
+        },
+        [&](int a, int b, int64_t width, A* out) {
+          k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, a == b, part, parts, out,
+                      padded_[b]);
+        });
     if (measures_late_ && view(0).features) center_rows(g, sums, matrices);
+  }
+
+  // The matrices of all groups, one after the other: all threads pack a tile, then multiply shares of it.
+  void add_together(A* matrices) const {
+    parallel_for(0, elements_ * groups_, 1 << 16, [&](int64_t begin, int64_t end) {
+      std::memset(matrices + begin, 0, (end - begin) * sizeof(A));
+    });
+    const int64_t second = cross_ ? tile_elements(0) : 0;  // else the sides take turns
+    Buffer<A> tiles(std::max(tile_elements(0), second + tile_elements(1)));
+    A* tile[2] = {tiles.get(), tiles.get() + second};
+    for (int64_t g = 0; g < groups_; ++g) {
+      for_chunks(
+          0, 1, matrices + g * elements_,
+          [&](int s, int64_t first, int64_t count) {
+            // Whole vectors, since a piece is padded to them.
+            const int64_t piece =
+                view(s).unit % k_.lanes ? view(s).unit == 1 ? k_.lanes : count : view(s).unit;
+            const int64_t grain = ceil_div(kTaskElements, std::max<int64_t>(1, rows_[s] * piece));
+            parallel_for(0, ceil_div(count, piece), grain, [&](int64_t begin, int64_t end) {
+              const int64_t from = begin * piece, to = std::min(end * piece, count);
+              pack(s, g, first + from, to - from, tile[s] + from);
+            });
+          },
+          [&](int a, int b, int64_t width, A* out) {
+            const int64_t products = rows_[a] * rows_[b] * width / (a == b ? 2 : 1);
+            const int64_t parts = std::clamp<int64_t>(products / kPartProducts, 1, num_threads());
+            parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t part = begin; part < end; ++part) {
+                k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, a == b, part, parts,
+                            out, padded_[b]);
+              }
+            });
+          });
+    }
   }
 
   bool norms() const { return flags_.cosine && !flags_.feature_side; }
