@@ -9,13 +9,6 @@
 namespace kd::KD_ISA {
 namespace {
 
-template <class A>
-inline double lanes_sum(const Vec<A>& v) {
-  double sum = 0;
-  for (int lane = 0; lane < kLanes<A>; ++lane) sum += static_cast<double>(v[lane]);
-  return sum;
-}
-
 template <class A, class F>
 inline double row_sum(int64_t n, const F& term) {
   Vec<A> partial = {};
