@@ -288,6 +288,24 @@ def test_early_gradient_matches_reference(flags: tuple, kind: str) -> None:
             check_early_op(student, teacher, 2, flags, (1.0, 0.0))
 
 
+# Rows from which triangles are compared, an odd number of them, and one from which threads share a tile.
+@pytest.mark.parametrize("rows", [96, 131, 301])
+@pytest.mark.parametrize("kind", ["plain", "mean", "converged"])
+@pytest.mark.parametrize("centered", [True, False])
+def test_large_grams_of_sides_of_different_widths(rows: int, kind: str, centered: bool) -> None:
+    flags = (0, centered, False, False, False)
+    for widths in ((40, 700), (700, 40), (90, 90)):
+        student, teacher = torch.randn(rows, widths[0]), torch.randn(rows, widths[1])
+        if kind == "mean":
+            student, teacher = student + 30, teacher - 20
+        elif kind == "converged":
+            student = teacher + 1e-3 * torch.randn_like(teacher)
+        check_early_op(student, teacher, 0, flags, (1.5, 0.0))
+        check_early_op(student.T.contiguous(), teacher.T.contiguous(), 1, flags, (1.5, 0.0))
+        views = module.view(student, "samples"), module.view(teacher, "samples")
+        check(*views, flags, save=rows != 131)  # both gradients
+
+
 @pytest.mark.parametrize("flags", EARLY_FLAGS, ids=str)
 def test_early_gradient_is_that_of_two_calls(flags: tuple) -> None:
     student, teacher = torch.randn(33, 17) + 30, torch.randn(33, 17) - 20
@@ -329,8 +347,12 @@ def test_early_gradient_of_degenerate_inputs(rows: int, kind: str) -> None:
 
 def test_early_gradient_does_not_depend_on_threads() -> None:
     threads, cases = torch.get_num_threads(), []
-    for shape, flags in (((128, 100), FLAGS[0]), ((100, 128), (0, True, False, True, False))):
-        student, teacher, results = torch.randn(shape), torch.randn(shape), []
+    for shape, width, flags in (
+        ((128, 100), 100, FLAGS[0]),
+        ((301, 40), 700, FLAGS[0]),
+        ((100, 128), 128, (0, True, False, True, False)),
+    ):
+        student, teacher, results = torch.randn(shape), torch.randn(shape[0], width), []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             results.append(torch.ops.kdfast.gram_with_gradient(student, teacher, 0, *flags, 1.0, 2.0))

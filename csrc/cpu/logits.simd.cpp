@@ -279,8 +279,13 @@ double short_row(const RowPair<A>& r, const LogitsGradient<A>& g) {
   char* to = row_data(g.to, r.row);
   const bool direct = is_plain<A>(g.to);
   A* out = direct ? reinterpret_cast<A*>(to) : exp_s;
+  // In a loop of its own: of products in one expression with p - q, FMA rounds one only, and equal logits
+  // have a gradient.
   for (int64_t i = 0; i < width; i += kLanes<A>) {
-    const Vec<A> p = load_vec(exp_s + i) * of_s, q = load_vec(exp_t + i) * of_t;
+    store_vec(exp_s + i, load_vec(exp_s + i) * of_s), store_vec(exp_t + i, load_vec(exp_t + i) * of_t);
+  }
+  for (int64_t i = 0; i < width; i += kLanes<A>) {
+    const Vec<A> p = load_vec(exp_s + i), q = load_vec(exp_t + i);
     const Vec<A> gradient = both * (p - q) + own * p;
     if (direct && classes - i < kLanes<A>) {
       store_part<A>(out + i, classes - i, gradient);
