@@ -318,42 +318,42 @@ class EmbeddingProjector(nn.Sequential):
         super().__init__(nn.BatchNorm1d(in_dim), nn.Dropout(dropout), linear)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._fits(input):
-            return super().forward(input)
-        norm, dropout, linear = self._modules.values()
+        found = None if torch.compiler.is_compiling() else self._in_one_op(input)
+        return super().forward(input) if found is None else found
+
+    def _in_one_op(self, x: Tensor) -> Tensor | None:
+        """What the three layers do, where none was changed and they train in float32 on the CPU; else None."""
+        layers = [*self._modules.values()]
+        if [*map(type, layers)] != _LAYERS or any(map(_hooked, layers)) or _has_any_global_hook():
+            return None
+        norm, dropout, linear = layers
+        tensors = (
+            norm._parameters["weight"],
+            norm._parameters["bias"],
+            linear._parameters["weight"],
+            linear._parameters["bias"],
+            norm._buffers["running_mean"],
+            norm._buffers["running_var"],
+        )
+        if not norm.training or norm.momentum is None or dropout.p == 1 or not supports(x, *tensors):
+            return None
         noise = None
         if dropout.training and dropout.p > 0:  # the mask that nn.Dropout would draw
-            noise = torch.empty_like(input).bernoulli_(1 - dropout.p).div_(1 - dropout.p)
-        norm.num_batches_tracked.add_(1)
-        statistics = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
-        return projector(input, noise, norm.weight, norm.bias, linear.weight, linear.bias, *statistics)
-
-    def _fits(self, x: Tensor) -> bool:
-        """Whether one op does what the three layers would: none was changed, and they train in float32 on the CPU."""
-        if torch.compiler.is_compiling() or [type(m) for m in self._modules.values()] != _LAYERS:
-            return False
-        norm, dropout, linear = self._modules.values()
-        if not norm.training or norm.momentum is None or norm.running_mean is None or dropout.p == 1:
-            return False
-        for v in (x, norm.weight, norm.bias, linear.weight, linear.bias, norm.running_mean, norm.running_var):
-            if (
-                type(v) not in (Tensor, nn.Parameter)
-                or v.dtype is not torch.float32
-                or not v.is_cpu
-                or not v.is_contiguous()
-            ):
-                return False
-        if x.shape[-1:] != norm.weight.shape or torch.is_autocast_enabled("cpu"):
-            return False
-        if _has_any_global_hook() or torch._C._are_functorch_transforms_active():
-            return False
-        return supports(x, linear.out_features) and not any(map(_hooked, (norm, dropout, linear)))
+            noise = torch.empty_like(x).bernoulli_(1 - dropout.p).div_(1 - dropout.p)
+        norm._buffers["num_batches_tracked"].add_(1)
+        return projector(x, noise, *tensors, norm.momentum, norm.eps)
 
 
 _LAYERS = [nn.BatchNorm1d, nn.Dropout, nn.Linear]
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _hooked(module: nn.Module) -> bool:
     """Whether a call of the module does more than its forward, or its forward is not its class's."""
-    return "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS)
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )

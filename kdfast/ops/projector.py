@@ -15,6 +15,7 @@ from ..reference import projector as reference
 from . import _second
 from ._define import define
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 WIDTH = 16  # of whose multiples the widths must be
 MOST_PRODUCTS = 1 << 23  # multiply-adds; above, products are what the time goes into
 
@@ -94,12 +95,29 @@ class _Projector(torch.autograd.Function):
         return found[0], None, *found[1:], None, None, None, None
 
 
-def supports(x: Tensor, out: int) -> bool:
-    """Whether the kernel takes embeddings x [B, D] to ``out`` columns, and is the faster one."""
-    if not (backend.is_cpu(x) and x.dtype is torch.float32 and x.dim() == 2 and x.is_contiguous()):
+def supports(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, weight: Tensor, *others: Tensor | None
+) -> bool:
+    """Whether the kernel takes embeddings x [B, D] and these parameters, and is the faster one.
+
+    Not under autocast, and not tensors of other classes or under a transform of torch.func, which an op would not see.
+    """
+    if not backend.is_cpu(x) or x.dim() != 2 or type(x) not in _PLAIN or torch.is_autocast_enabled("cpu"):
         return False
-    rows, width = x.shape
-    return rows > 1 and width % WIDTH == 0 and out % WIDTH == 0 and rows * width * out <= MOST_PRODUCTS
+    for v in (x, gamma, beta, weight, *others):
+        if v is None or v.dtype is not torch.float32 or type(v) not in _PLAIN:
+            return False
+        if not (v.is_cpu and v.is_contiguous()):
+            return False
+    (rows, width), out = x.shape, len(weight)
+    if (
+        width != weight.shape[1]
+        or width % WIDTH
+        or out % WIDTH
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    return rows > 1 and rows * width * out <= MOST_PRODUCTS
 
 
 def projector(
