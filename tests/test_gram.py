@@ -362,6 +362,25 @@ def test_early_gradient_does_not_depend_on_threads() -> None:
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
+def test_workspaces_stay_mapped_between_calls() -> None:
+    """Mapping those of Grams of 512 rows anew, some thousand pages a call, had taken longer than the products."""
+    resource = pytest.importorskip("resource")
+    levels = [(torch.randn(512, d, requires_grad=True), torch.randn(512, 4 * d)) for d in (128, 64, 10)]
+
+    def step() -> None:
+        for student, teacher in levels:
+            torch.autograd.grad(gram_distance(student, teacher), student)
+
+    def faults(steps: int) -> float:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(steps):
+            step()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / steps
+
+    faults(40)  # until their sizes are known
+    assert faults(20) < 400
+
+
 def test_teacher_gradient_takes_two_calls() -> None:
     x, y = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
     assert called(lambda: gram_distance(x, y).backward()) == ["gram", "gram_backward"]
