@@ -288,7 +288,7 @@ def test_early_gradient_matches_reference(flags: tuple, kind: str) -> None:
             check_early_op(student, teacher, 2, flags, (1.0, 0.0))
 
 
-# Rows from which triangles are compared, an odd number of them, and one from which threads share a tile.
+# Rows from which triangles are compared, an odd number of them, and one where no partial sums fit.
 @pytest.mark.parametrize("rows", [96, 131, 301])
 @pytest.mark.parametrize("kind", ["plain", "mean", "converged"])
 @pytest.mark.parametrize("centered", [True, False])

@@ -27,7 +27,6 @@ constexpr int64_t kTaskElements = 1 << 15;  // to read, below which a second thr
 constexpr int64_t kSplits = 16;             // of the features of a group, at the most
 constexpr int64_t kLeastTriangle = 96;      // rows of Grams that are compared by their upper triangles
 constexpr int64_t kPartialBytes = 1 << 19;  // of partial matrices, or 1/32 of the inputs
-constexpr int64_t kPartProducts = 1 << 19;  // multiply-adds, below which a second thread does not pay
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }

@@ -4,8 +4,7 @@
 //
 // A group's features are cut into chunks whose tile [rows, chunk] stays in the L2 cache. Many groups: one
 // task per group. Few groups: the chunks are shared out over a fixed number of splits (independent of the
-// number of threads), whose partial matrices are added in order; where there is no memory for those, all
-// threads pack each tile together and multiply shares of it.
+// number of threads), whose partial matrices are added in order.
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -139,21 +138,20 @@ class GramProblem {
     const int64_t chunks = std::max<int64_t>(1, std::max(chunks_of(0), chunks_of(1)));
     const int64_t splits = std::clamp<int64_t>(allowed_splits(), 1, std::min(kSplits, chunks));
     Buffer<A> partial(elements_ * groups_ * splits);
-    // Shares of the matrices change no result, so they follow the threads.
+    parallel_for(0, elements_ * groups_ * splits, 1 << 16, [&](int64_t begin, int64_t end) {
+      std::memset(partial.get() + begin, 0, (end - begin) * sizeof(A));
+    });
+    // Shares of the matrices change no result, so they follow the threads; each packs the tiles again, which
+    // costs less than waiting for one another at every tile where a core is not free.
     const int64_t parts = ceil_div(num_threads(), std::max<int64_t>(groups_ * splits, 1));
-    if (splits == 1 && parts > 1) {
-      add_together(partial.get());
-    } else {
-      std::memset(partial.get(), 0, elements_ * groups_ * splits * sizeof(A));
-      parallel_for(0, groups_ * splits * parts, 1, [&](int64_t begin, int64_t end) {
-        Buffer<A> tiles(tile_elements(0) + tile_elements(1));
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t part = task % parts, split = task / parts % splits, g = task / parts / splits;
-          accumulate(g, split, splits, part, parts, tiles.get(),
-                     partial.get() + (g * splits + split) * elements_);
-        }
-      });
-    }
+    parallel_for(0, groups_ * splits * parts, 1, [&](int64_t begin, int64_t end) {
+      Buffer<A> tiles(tile_elements(0) + tile_elements(1));
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t part = task % parts, split = task / parts % splits, g = task / parts / splits;
+        accumulate(g, split, splits, part, parts, tiles.get(),
+                   partial.get() + (g * splits + split) * elements_);
+      }
+    });
     for (int64_t g = 0; g < groups_; ++g) {
       A* sum = partial.get() + g * splits * elements_;
       parallel_for(0, splits > 1 ? elements_ : 0, 16384, [&](int64_t begin, int64_t end) {
@@ -353,75 +351,31 @@ class GramProblem {
     subtract(0, 0, xx(matrices)), subtract(1, 1, yy(matrices)), subtract(0, 1, xy(matrices));
   }
 
-  // Calls pack_tile(side, first, count) and product(a, b, width, out) for chunks [begin, end) of the chunks
-  // that each side has, in shares of `splits`.
-  template <class P, class M>
-  void for_chunks(int64_t split, int64_t splits, A* matrices, const P& pack_tile, const M& product) const {
+  void accumulate(int64_t g, int64_t split, int64_t splits, int64_t part, int64_t parts, A* tiles,
+                  A* matrices) const {
+    A* tile[2] = {tiles, tiles + tile_elements(0)};
+    std::vector<double> sums[2];
+    for (int s : {0, 1}) sums[s].assign(measures_late_ ? view(s).rows : 0, 0.0);
+    const auto sums_of = [&](int s) { return measures_late_ ? sums[s].data() : nullptr; };
+    const auto product = [&](int a, int b, int64_t width, A* out) {
+      k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, a == b, part, parts, out,
+                  padded_[b]);
+    };
     for (int s : {0, 1}) {
       if (cross_ && s == 1) break;  // both sides go together
       const int64_t chunks = chunks_of(s);
       for (int64_t c = chunks * split / splits; c < chunks * (split + 1) / splits; ++c) {
         const int64_t first = c * chunk_[s], count = std::min(chunk_[s], view(s).features - first);
         const int64_t width = round_up(count, k_.lanes);
-        pack_tile(s, first, count);
-        product(s, s, width, s ? yy(matrices) : xx(matrices));
+        pack(s, g, first, count, tile[s], sums_of(s));
+        product(s, s, width, matrices + (s ? offset_[1] : 0));
         if (!cross_) continue;
-        pack_tile(1, first, count);
+        pack(1, g, first, count, tile[1], sums_of(1));
         product(1, 1, width, yy(matrices));
         product(0, 1, width, xy(matrices));
       }
     }
-  }
-
-  void accumulate(int64_t g, int64_t split, int64_t splits, int64_t part, int64_t parts, A* tiles,
-                  A* matrices) const {
-    A* tile[2] = {tiles, tiles + tile_elements(0)};
-    std::vector<double> sums[2];
-    for (int s : {0, 1}) sums[s].assign(measures_late_ ? view(s).rows : 0, 0.0);
-    for_chunks(
-        split, splits, matrices,
-        [&](int s, int64_t first, int64_t count) {
-          pack(s, g, first, count, tile[s], measures_late_ ? sums[s].data() : nullptr);
-        },
-        [&](int a, int b, int64_t width, A* out) {
-          k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, a == b, part, parts, out,
-                      padded_[b]);
-        });
     if (measures_late_ && view(0).features) center_rows(g, sums, matrices);
-  }
-
-  // The matrices of all groups, one after the other: all threads pack a tile, then multiply shares of it.
-  void add_together(A* matrices) const {
-    parallel_for(0, elements_ * groups_, 1 << 16, [&](int64_t begin, int64_t end) {
-      std::memset(matrices + begin, 0, (end - begin) * sizeof(A));
-    });
-    const int64_t second = cross_ ? tile_elements(0) : 0;  // else the sides take turns
-    Buffer<A> tiles(std::max(tile_elements(0), second + tile_elements(1)));
-    A* tile[2] = {tiles.get(), tiles.get() + second};
-    for (int64_t g = 0; g < groups_; ++g) {
-      for_chunks(
-          0, 1, matrices + g * elements_,
-          [&](int s, int64_t first, int64_t count) {
-            // Whole vectors, since a piece is padded to them.
-            const int64_t piece =
-                view(s).unit % k_.lanes ? view(s).unit == 1 ? k_.lanes : count : view(s).unit;
-            const int64_t grain = ceil_div(kTaskElements, std::max<int64_t>(1, rows_[s] * piece));
-            parallel_for(0, ceil_div(count, piece), grain, [&](int64_t begin, int64_t end) {
-              const int64_t from = begin * piece, to = std::min(end * piece, count);
-              pack(s, g, first + from, to - from, tile[s] + from);
-            });
-          },
-          [&](int a, int b, int64_t width, A* out) {
-            const int64_t products = rows_[a] * rows_[b] * width / (a == b ? 2 : 1);
-            const int64_t parts = std::clamp<int64_t>(products / kPartProducts, 1, num_threads());
-            parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t part = begin; part < end; ++part) {
-                k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, a == b, part, parts,
-                            out, padded_[b]);
-              }
-            });
-          });
-    }
   }
 
   bool norms() const { return flags_.cosine && !flags_.feature_side; }
