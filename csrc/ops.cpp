@@ -15,6 +15,7 @@
 #include "cpu/gram_ops.h"
 #include "cpu/masked_error_ops.h"
 #include "cpu/patch_gram.h"
+#include "cpu/projector_ops.h"
 #include "cpu/softmax_affinity_ops.h"
 #ifdef KD_WITH_CUDA
 #include "cuda/attention_mask_ops.h"
@@ -50,6 +51,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("masked_error_with_gradient", TORCH_BOX(&kd::masked_error_with_gradient_cpu));
   m.impl("patch_gram", TORCH_BOX(&kd::patch_gram_cpu));
   m.impl("patch_gram_backward", TORCH_BOX(&kd::patch_gram_backward_cpu));
+  m.impl("projector", TORCH_BOX(&kd::projector_cpu));
+  m.impl("projector_backward", TORCH_BOX(&kd::projector_backward_cpu));
   m.impl("softmax_affinity", TORCH_BOX(&kd::softmax_affinity_cpu));
   m.impl("softmax_affinity_backward", TORCH_BOX(&kd::softmax_affinity_backward_cpu));
 }

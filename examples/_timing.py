@@ -49,7 +49,8 @@ def _providers(loss: nn.Module, device: str, compiled: bool) -> tuple[list[Provi
 def _call(
     provider: Provider, student: Output, teacher: Output, labels: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    inputs = [*student.stages, student.embedding, student.logits]
+    # Parameters train with the student. All providers owe their gradients: torch.compile computes them in any case.
+    inputs = [*student.stages, student.embedding, student.logits, *provider.loss.parameters()]
     value = provider.loss(student, teacher, labels)
     return value.detach(), torch.autograd.grad(value, inputs, allow_unused=True)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .class_means import ClassMeans
+from .losses._common import plus
 from .losses.direction import DirectionNormLoss, direction_norm_loss
 
 
@@ -118,7 +119,7 @@ class PlusPlusLoss(nn.Module):
         base: the distillation loss to be improved; called with what ``forward`` gets as ``base_inputs``.
         class_means: of the teacher's embeddings, :class:`ClassMeans` or [K, D].
         recipe: weights and warm-up; see :data:`RECIPES` and :func:`plus_plus`.
-        ce_weight: of the cross-entropy.
+        ce_weight: of the cross-entropy; with 0 it is not computed, for training code that adds its own.
 
     Forward: ``(student_logits, student_embedding, teacher_embedding, labels, base_inputs, epoch)``; logits [B, K],
     embeddings [B, D] (the student's after its projector where widths differ), labels [B], ``base_inputs`` the tuple
@@ -151,13 +152,15 @@ class PlusPlusLoss(nn.Module):
         epoch: float,
     ) -> Tensor:
         warm = self.warm(epoch)
-        ce = F.cross_entropy(student_logits.float(), labels)
-        kd = (1.0 if self.recipe.kd is None else self.recipe.kd) * warm * self.base(*base_inputs)
         nd = self.recipe.nd * (warm if self.recipe.warm_nd else 1.0)
         dino = direction_norm_loss(
             student_embedding, teacher_embedding, self.direction.class_means, labels, weight=nd
         )
-        return self.ce_weight * ce + kd + dino
+        kd = (1.0 if self.recipe.kd is None else self.recipe.kd) * warm
+        found = plus(dino, kd, self.base(*base_inputs))
+        if self.ce_weight == 0:
+            return found
+        return plus(found, self.ce_weight, F.cross_entropy(student_logits.float(), labels))
 
 
 def plus_plus(

@@ -290,6 +290,24 @@ def test_early_gradient_matches_reference(flags: tuple, kind: str) -> None:
             check_early_op(student, teacher, 2, flags, (1.0, 0.0))
 
 
+# Rows from which triangles are compared, an odd number of them, and one where no partial sums fit.
+@pytest.mark.parametrize("rows", [96, 131, 301])
+@pytest.mark.parametrize("kind", ["plain", "mean", "converged"])
+@pytest.mark.parametrize("centered", [True, False])
+def test_large_grams_of_sides_of_different_widths(rows: int, kind: str, centered: bool) -> None:
+    flags = (0, centered, False, False, False)
+    for widths in ((40, 700), (700, 40), (90, 90)):
+        student, teacher = torch.randn(rows, widths[0]), torch.randn(rows, widths[1])
+        if kind == "mean":
+            student, teacher = student + 30, teacher - 20
+        elif kind == "converged":
+            student = teacher + 1e-3 * torch.randn_like(teacher)
+        check_early_op(student, teacher, 0, flags, (1.5, 0.0))
+        check_early_op(student.T.contiguous(), teacher.T.contiguous(), 1, flags, (1.5, 0.0))
+        views = module.view(student, "samples"), module.view(teacher, "samples")
+        check(*views, flags, save=rows != 131)  # both gradients
+
+
 @pytest.mark.parametrize("flags", EARLY_FLAGS, ids=str)
 def test_early_gradient_is_that_of_two_calls(flags: tuple) -> None:
     student, teacher = torch.randn(33, 17) + 30, torch.randn(33, 17) - 20
@@ -331,8 +349,12 @@ def test_early_gradient_of_degenerate_inputs(rows: int, kind: str) -> None:
 
 def test_early_gradient_does_not_depend_on_threads() -> None:
     threads, cases = torch.get_num_threads(), []
-    for shape, flags in (((128, 100), FLAGS[0]), ((100, 128), (0, True, False, True, False))):
-        student, teacher, results = torch.randn(shape), torch.randn(shape), []
+    for shape, width, flags in (
+        ((128, 100), 100, FLAGS[0]),
+        ((301, 40), 700, FLAGS[0]),
+        ((100, 128), 128, (0, True, False, True, False)),
+    ):
+        student, teacher, results = torch.randn(shape), torch.randn(shape[0], width), []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             results.append(torch.ops.kdfast.gram_with_gradient(student, teacher, 0, *flags, 1.0, 2.0))
@@ -340,6 +362,25 @@ def test_early_gradient_does_not_depend_on_threads() -> None:
     torch.set_num_threads(threads)
     for first, *others in cases:
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_workspaces_stay_mapped_between_calls() -> None:
+    """Mapping those of Grams of 512 rows anew, some thousand pages a call, had taken longer than the products."""
+    resource = pytest.importorskip("resource")
+    levels = [(torch.randn(512, d, requires_grad=True), torch.randn(512, 4 * d)) for d in (128, 64, 10)]
+
+    def step() -> None:
+        for student, teacher in levels:
+            torch.autograd.grad(gram_distance(student, teacher), student)
+
+    def faults(steps: int) -> float:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(steps):
+            step()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / steps
+
+    faults(40)  # until their sizes are known
+    assert faults(20) < 400
 
 
 def test_teacher_gradient_takes_two_calls() -> None:

@@ -181,7 +181,7 @@ def test_early_gradient(monkeypatch, setting) -> None:
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if s[0] != "dist"], ids=str)
 def test_early_gradient_matches_reference(setting, kind) -> None:
     kind_, alpha, beta, temperature = setting
-    for shape in SHAPES[2:]:
+    for shape in (*SHAPES[2:], (3, 1024), (3, 1025), (300, 10)):
         s, t, y = make(shape, kind)
         labels = labels_of(setting, y, kind)
         flags = (KINDS.index(kind_), alpha, beta, temperature, IGNORED)
@@ -237,21 +237,23 @@ def test_gradient_larger_than_the_caches(classes, dtype) -> None:
 
 
 def test_early_gradient_does_not_depend_on_threads() -> None:
-    s, t, y = make((100, 700))
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(torch.ops.kdfast.logits_with_gradient(s, t, y, 1, 1.0, 2.0, 3.0, IGNORED))
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    threads = torch.get_num_threads()
+    for shape in ((100, 700), (700, 10)):
+        (s, t, y), results = make(shape), []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(torch.ops.kdfast.logits_with_gradient(s, t, y, 1, 1.0, 2.0, 3.0, IGNORED))
+        torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_early_gradient_is_exactly_zero_for_equal_logits() -> None:
-    s, _, y = make((5, 1500), "mean")
-    for kind in (0, 1):
-        loss, gradient = torch.ops.kdfast.logits_with_gradient(s, s, y, kind, 1.0, 1.0, 4.0, IGNORED)
-        assert loss == 0 and not gradient.any()
+    for classes in (10, 1500):
+        s, _, y = make((5, classes), "mean")
+        for kind in (0, 1):
+            loss, gradient = torch.ops.kdfast.logits_with_gradient(s, s, y, kind, 1.0, 1.0, 4.0, IGNORED)
+            assert loss == 0 and not gradient.any()
 
 
 def test_teacher_gradient_takes_two_calls() -> None:

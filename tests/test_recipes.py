@@ -38,6 +38,16 @@ def test_composition(epoch, warm_nd):
     torch.testing.assert_close(got, want)
 
 
+def test_no_cross_entropy_where_it_has_no_weight(monkeypatch):
+    embeddings, means = torch.randn(6, 5), torch.randn(4, 5)
+    labels, logits = torch.randint(0, 4, (6,)), torch.randn(6, 4)
+    settings = (F.mse_loss, means, Recipe(kd=3.0, nd=2.0, temperature=4.0, warmup=0))
+    inputs = (logits, embeddings, embeddings.flip(0), labels, (logits, logits.flip(0)), 0)
+    both, half = (PlusPlusLoss(*settings, ce_weight=w)(*inputs) for w in (1.0, 0.5))
+    monkeypatch.setattr(F, "cross_entropy", None)
+    torch.testing.assert_close(PlusPlusLoss(*settings, ce_weight=0.0)(*inputs), 2 * half - both)
+
+
 def test_unknown_rows_and_missing_base():
     means = torch.randn(4, 5)
     with pytest.raises(ValueError, match=r"kd\+\+"):

@@ -78,6 +78,16 @@ struct GramKernels {
   // Symmetric matrices gx, gy [n, ld] such that dX = gx X, dY = gy Y (centred X, Y); k and l as compare takes
   // them. distance: out, where it is not null.
   void (*compare_backward)(const CompareArgs<A>&, A* gx, A* gy, double* distance);
+  // Of `cka` from upper triangles [n, ld], in rows [begin, end): what each adds to the products [n, 3], and
+  // to |alpha k - beta l|^2 [n].
+  void (*triangle_products)(const A* k, const A* l, int64_t n, int64_t ld, int64_t begin, int64_t end,
+                            double* sums);
+  void (*triangle_distances)(const A* k, double alpha, const A* l, double beta, int64_t n, int64_t ld,
+                             int64_t begin, int64_t end, double* sums);
+  // Repacks alpha k + beta l, of which the upper triangles are read, for mix: blocks [begin, end) of
+  // mix_rows.
+  void (*pack_triangles)(const A* k, double alpha, const A* l, double beta, int64_t n, int64_t ld,
+                         int64_t begin, int64_t end, A* packed);
   // Completes XX from its upper triangle.
   void (*mirror)(A* m, int64_t n, int64_t ld);
   double (*norm_sq)(const A* m, int64_t rows, int64_t columns, int64_t ld);

@@ -7,6 +7,7 @@
 #include "cpu/gram.h"
 
 #include "cpu/gram_compare.h"
+#include "cpu/gram_triangle.h"
 #include "cpu/simd.h"
 
 namespace kd::KD_ISA {
@@ -294,23 +295,33 @@ inline void mix_tile(const A* packed, int64_t rows, int64_t columns, const A* ti
   }
 }
 
+template <int kValue>
+struct Number {
+  constexpr operator int() const { return kValue; }
+};
+
 template <class A>
 void mix(const A* packed, int64_t rows, int64_t columns, const A* tile, int64_t ld, int64_t width, bool add,
          A* out) {
-  constexpr int64_t step = kMixVectors * kLanes<A>;
   // Long sums are cut: for their rounding, and so that the part of the tile below a step stays in L1.
   for (int64_t j = 0; j < columns || j == 0; j += kMixColumns, add = true) {
     const int64_t count = columns - j < kMixColumns ? columns - j : kMixColumns;
     const A *m = packed + j * kMixRows, *t = tile + j * ld;
     int64_t c = 0;
-    for (; c + step <= width; c += step) {
+    const auto columns_of = [&](auto vectors) {
       for (int64_t i = 0; i < rows; i += kMixRows) {
-        mix_tile<A, kMixVectors>(m + i * columns, rows - i, count, t + c, ld, add, out + i * ld + c);
+        mix_tile<A, vectors>(m + i * columns, rows - i, count, t + c, ld, add, out + i * ld + c);
       }
-    }
-    for (; c < width; c += kLanes<A>) {
-      for (int64_t i = 0; i < rows; i += kMixRows) {
-        mix_tile<A, 1>(m + i * columns, rows - i, count, t + c, ld, add, out + i * ld + c);
+      c += vectors * kLanes<A>;
+    };
+    while (c < width) {
+      const int64_t left = (width - c) / kLanes<A>;
+      if (left >= kMixVectors && left != kMixVectors + 1) {
+        columns_of(Number<kMixVectors>{});
+      } else if (left > 1) {
+        columns_of(Number<2>{});
+      } else {
+        columns_of(Number<1>{});
       }
     }
   }
@@ -342,6 +353,9 @@ constexpr GramKernels<A> table() {
           .project_columns = project_columns<A>,
           .compare = compare<A>,
           .compare_backward = compare_backward<A>,
+          .triangle_products = triangle_products<A>,
+          .triangle_distances = triangle_distances<A>,
+          .pack_triangles = pack_triangles<A, kMixRows>,
           .mirror = mirror<A>,
           .norm_sq = norm_sq<A>,
           .rank_one_updates = rank_one_updates<A>,

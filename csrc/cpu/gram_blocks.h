@@ -138,7 +138,7 @@ class GramBlocks {
         for_kept_rows(p, matrices.get(), kept_ + g * per_group_, [](A* row, const A* kept, int64_t count) {
           std::memcpy(row, kept, count * sizeof(A));
         });
-        p.mirror(matrices.get());
+        p.complete(matrices.get());
         f(g, matrices.get());
       }
     });

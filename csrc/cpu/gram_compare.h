@@ -14,8 +14,7 @@ inline double row_sum(int64_t n, const F& term) {
   Vec<A> partial = {};
   int64_t i = 0;
   for (; i + kLanes<A> <= n; i += kLanes<A>) partial += term(i, Vec<A>{});
-  double sum = 0;
-  for (int lane = 0; lane < kLanes<A>; ++lane) sum += partial[lane];
+  double sum = lanes_sum<A>(partial);
   for (; i < n; ++i) sum += static_cast<double>(term(i, A{}));
   return sum;
 }

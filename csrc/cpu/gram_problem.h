@@ -15,29 +15,14 @@
 #include "common/check.h"
 #include "common/parallel.h"
 #include "common/rounding.h"
-#include "cpu/gram.h"
 #include "cpu/gram_measures.h"
+#include "cpu/gram_plan.h"
 #include "cpu/gram_tiles.h"
 #include "cpu/workspace.h"
 
 namespace kd {
 
-struct GramFlags {
-  Compare compare;
-  bool centered, cosine, inter, feature_side;
-};
-
 using torch::stable::Tensor;
-
-constexpr int64_t kTileBytes = 200 * 1024;          // of one tile: two of them fit an L2 cache of 512 KB
-constexpr int64_t kMinChunk = 64, kMaxChunk = 512;  // columns of a tile
-constexpr int64_t kLongChunk =
-    256;  // where it does not fit: the sums across lanes at its end weigh more than L2 misses
-constexpr int64_t kManyGroups = 8;          // from here on one task per group
-constexpr int64_t kTasks = 8;               // wanted where there are fewer groups
-constexpr int64_t kTaskElements = 1 << 15;  // to read, below which a second thread does not pay
-constexpr int64_t kSplits = 16;             // of the features of a group, at the most
-constexpr int64_t kPartialBytes = 1 << 19;  // of partial matrices, or 1/32 of the inputs
 
 // Two sides, and the small matrices XX, YY (and XY) of their rows.
 template <class A>
@@ -61,13 +46,13 @@ class GramProblem {
     for (int s : {0, 1}) {
       rows_[s] = view(s).rows + extend_;
       padded_[s] = std::max(round_up(rows_[s], k_.product_rows), round_up(rows_[s], k_.product_columns));
-      chunk_[s] = chunk_size(padded_[s], view(s));
     }
-    if (cross_) chunk_[0] = chunk_[1] = std::min(chunk_[0], chunk_[1]);
-    for (int s : {0, 1}) ld_[s] = tile_ld(chunk_[s]);
     offset_[1] = padded_[0] * padded_[0];
     offset_[2] = offset_[1] + padded_[1] * padded_[1];
     elements_ = offset_[2] + (cross_ ? padded_[0] * padded_[1] : 0);
+    for (int s : {0, 1}) chunk_[s] = chunk_size(padded_[s], view(s));
+    if (cross_) chunk_[0] = chunk_[1] = std::min(chunk_[0], chunk_[1]);
+    for (int s : {0, 1}) ld_[s] = tile_ld(chunk_[s]);
     if (measures_ || !measures_rows(flags)) return;
     measures_ = std::make_shared<RowMeasures<A>>();
     measures_late_ = groups_ >= kManyGroups && !norms();
@@ -81,6 +66,11 @@ class GramProblem {
     }
   }
 
+  // Whether a comparison reads no more of XX and YY than what lies on and above their diagonals.
+  bool by_triangles() const {
+    const GramFlags& f = flags_;
+    return f.compare == Compare::cka && !cross_ && !f.cosine && view(0).rows >= kLeastTriangle;
+  }
   static bool extends(const GramFlags& f) { return !f.feature_side && f.centered && (f.inter || f.cosine); }
   // Whether tiles need to know whole rows.
   static bool measures_rows(const GramFlags& f) {
@@ -128,7 +118,7 @@ class GramProblem {
 
   // Calls f(group, matrices) with the complete matrices of every group, in parallel over groups. known(group,
   // matrices): fills them if they were kept, of many groups some. whole: else XX and YY may lack what lies
-  // below their diagonals.
+  // below their diagonals, as they do where they are compared by triangles.
   template <class F, class K>
   void for_matrices(const F& f, const K& known, bool whole = true) const {
     if (groups_ >= kManyGroups) {
@@ -139,23 +129,22 @@ class GramProblem {
             Buffer<A> tiles(tile_elements(0) + tile_elements(1));  // given back before f takes its own
             std::memset(matrices.get(), 0, elements_ * sizeof(A));
             accumulate(g, 0, 1, 0, 1, tiles.get(), matrices.get());
-            if (whole) mirror(matrices.get());
+            if (whole) complete(matrices.get());
           }
           f(g, matrices.get());
         }
       });
       return;
     }
-    const int64_t input =
-        groups_ * (view(0).rows * view(0).features + view(1).rows * view(1).features) * sizeof(A);
-    const int64_t allowed =
-        std::max<int64_t>(kPartialBytes, input / 32) / std::max<int64_t>(elements_ * groups_ * sizeof(A), 1);
     const int64_t chunks = std::max<int64_t>(1, std::max(chunks_of(0), chunks_of(1)));
-    const int64_t splits = std::clamp<int64_t>(allowed, 1, std::min(kSplits, chunks));
-    // Shares of the matrices change no result, so they follow the threads; each packs the tiles again.
-    const int64_t parts = ceil_div(num_threads(), std::max<int64_t>(groups_ * splits, 1));
+    const int64_t splits = std::clamp<int64_t>(allowed_splits(), 1, std::min(kSplits, chunks));
     Buffer<A> partial(elements_ * groups_ * splits);
-    std::memset(partial.get(), 0, elements_ * groups_ * splits * sizeof(A));
+    parallel_for(0, elements_ * groups_ * splits, 1 << 16, [&](int64_t begin, int64_t end) {
+      std::memset(partial.get() + begin, 0, (end - begin) * sizeof(A));
+    });
+    // Shares of the matrices change no result, so they follow the threads; each packs the tiles again, which
+    // costs less than waiting for one another at every tile where a core is not free.
+    const int64_t parts = ceil_div(num_threads(), std::max<int64_t>(groups_ * splits, 1));
     parallel_for(0, groups_ * splits * parts, 1, [&](int64_t begin, int64_t end) {
       Buffer<A> tiles(tile_elements(0) + tile_elements(1));
       for (int64_t task = begin; task < end; ++task) {
@@ -172,7 +161,7 @@ class GramProblem {
           for (int64_t i = begin; i < end; ++i) sum[i] += from[i];
         }
       });
-      if (whole) mirror(sum);
+      if (whole) complete(sum);
       f(g, sum);
     }
   }
@@ -227,7 +216,8 @@ class GramProblem {
   }
 
   // XX and YY hold only their upper triangles so far.
-  void mirror(A* matrices) const {
+  void complete(A* matrices) const {
+    if (by_triangles()) return;
     k_.mirror(xx(matrices), rows_[0], padded_[0]);
     k_.mirror(yy(matrices), rows_[1], padded_[1]);
   }
@@ -242,13 +232,21 @@ class GramProblem {
     return round_up(view(side).rows, k_.mix_rows) * rows_[from];
   }
   int64_t chunks_of(int side) const { return ceil_div(view(side).features, chunk_[side]); }
+  // Columns of a gradient that are written at a time: less than a tile's where threads would be idle.
+  int64_t gradient_chunk(int side) const {
+    if (groups_ >= kManyGroups || view(side).unit > 1) return chunk_[side];
+    const int64_t share = round_up(ceil_div(view(side).features, kTasks), k_.lanes);
+    return std::min(chunk_[side], std::max(share, kMinGradientChunk));
+  }
+  int64_t gradient_chunks(int side) const { return ceil_div(view(side).features, gradient_chunk(side)); }
   int64_t gradient_scratch(int side) const {
     return tile_elements(side) + (cross_ ? tile_elements(1 - side) : 0) + padded_[side] * ld_[side];
   }
 
   void write_gradient(int side, int64_t g, int64_t chunk, const Mix& m, A* scratch) const {
     A *mine = scratch, *out = mine + tile_elements(side), *theirs = out + padded_[side] * ld_[side];
-    const int64_t first = chunk * chunk_[side], count = std::min(chunk_[side], view(side).features - first);
+    const int64_t first = chunk * gradient_chunk(side),
+                  count = std::min(gradient_chunk(side), view(side).features - first);
     const int64_t n = view(side).rows, width = round_up(count, k_.lanes);
     pack(side, g, first, count, mine);
     k_.mix(m.own, n, rows_[side], mine, ld_[side], width, false, out);
@@ -279,10 +277,18 @@ class GramProblem {
   int64_t tile_elements(int side) const { return padded_[side] * ld_[side] + ld_[side]; }
   A* column_scale(int side, A* tile) const { return tile + padded_[side] * ld_[side]; }
 
+  // Partial sums of all matrices for which there is memory.
+  int64_t allowed_splits() const {
+    const int64_t input =
+        groups_ * (view(0).rows * view(0).features + view(1).rows * view(1).features) * sizeof(A);
+    return std::max<int64_t>(kPartialBytes, input / 32) /
+           std::max<int64_t>(elements_ * groups_ * sizeof(A), 1);
+  }
+
   int64_t chunk_size(int64_t padded_rows, const TileSource<A>& v) const {
     const int64_t fit = kTileBytes / (padded_rows * static_cast<int64_t>(sizeof(A))) / k_.lanes * k_.lanes;
-    const int64_t share =
-        groups_ < kManyGroups ? round_up(ceil_div(v.features, kTasks), k_.lanes) : kMaxChunk;
+    const bool splits = groups_ < kManyGroups && allowed_splits() > 1;
+    const int64_t share = splits ? round_up(ceil_div(v.features, kTasks), k_.lanes) : kMaxChunk;
     const int64_t wanted =
         std::clamp<int64_t>(std::max(fit, kLongChunk), kMinChunk, std::clamp(share, kMinChunk, kMaxChunk));
     // Rows of a tile that are no longer than they need be lie close together.

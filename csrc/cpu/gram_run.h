@@ -44,7 +44,7 @@ void write_mixed(const GramProblem<A>& p, const M& mix_of, const K& known) {
         [&](int64_t g, A* matrices) {
           const GroupMix<A> mix = mix_of(g, matrices);
           for (int s : {0, 1}) {
-            if (p.wants(s)) write_chunks(p, s, g, mix, 0, p.chunks_of(s));
+            if (p.wants(s)) write_chunks(p, s, g, mix, 0, p.gradient_chunks(s));
           }
         },
         known);

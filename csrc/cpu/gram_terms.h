@@ -91,6 +91,59 @@ CompareArgs<A> arguments(const GramProblem<A>& p, A* k, A* l, const TermGradient
       p.flags().compare, p.flags().centered, p.view(0).rows, p.padded(0), k, l, g.distance, g.xy, g.xx, g.yy};
 }
 
+// Two Grams of which the upper triangles are at hand, compared by `cka`. Threads share the rows: the first
+// with the last, so that shares are equal; what rows add is summed in order.
+template <class A>
+class Triangles {
+ public:
+  Triangles(const GramProblem<A>& p, A* matrices) : p_(p), k_(p.xx(matrices)), l_(p.yy(matrices)) {
+    const int64_t n = p.view(0).rows, ld = p.padded(0);
+    const GramKernels<A>& kernels = p.kernels_table();
+    std::vector<double> sums(3 * n);
+    const auto for_rows = [&](const auto& f) {
+      parallel_for(0, ceil_div(n, 2), ceil_div(kTaskElements, n),
+                   [&](int64_t begin, int64_t end) { f(begin, end), f(std::max(end, n - end), n - begin); });
+    };
+    for_rows([&](int64_t begin, int64_t end) {
+      kernels.triangle_products(k_, l_, n, ld, begin, end, sums.data());
+    });
+    for (int64_t i = 0; i < n; ++i)
+      products.xy += sums[3 * i], products.xx += sums[3 * i + 1], products.yy += sums[3 * i + 2];
+    if (!(products.xx > 0) || !(products.yy > 0)) {
+      distance = products.empty() ? 1.0 : products.xx + products.yy;  // NaN passes through
+      return;
+    }
+    for_rows([&](int64_t begin, int64_t end) {
+      kernels.triangle_distances(k_, 1 / std::sqrt(products.xx), l_, 1 / std::sqrt(products.yy), n, ld, begin,
+                                 end, sums.data());
+    });
+    for (int64_t i = 0; i < n; ++i) distance += sums[i] / 2;
+  }
+
+  NormTerm products{0, 0, 0};
+  double distance = 0;
+
+  // What multiplies the tiles of a side.
+  std::unique_ptr<Buffer<A>> mix(int side, const TermGradient& g) const {
+    const int64_t n = p_.view(0).rows, rows = p_.kernels_table().mix_rows;
+    double own = 4 * (side ? g.yy : g.xx), cross = 2 * g.xy;
+    if (!products.empty()) {
+      own += 2 * g.distance * (1 - distance) / (side ? products.yy : products.xx);
+      cross -= 2 * g.distance / (std::sqrt(products.xx) * std::sqrt(products.yy));
+    }
+    auto packed = std::make_unique<Buffer<A>>(p_.mix_elements(side, side));
+    parallel_for(0, ceil_div(n, rows), ceil_div(kTaskElements, n * rows), [&](int64_t begin, int64_t end) {
+      p_.kernels_table().pack_triangles(side ? l_ : k_, own, side ? k_ : l_, cross, n, p_.padded(0), begin,
+                                        end, packed->get());
+    });
+    return packed;
+  }
+
+ private:
+  const GramProblem<A>& p_;
+  A *k_, *l_;
+};
+
 template <class A>
 NormTerm feature_term(const GramProblem<A>& p, A* matrices) {
   const int64_t dx = p.view(0).rows, dy = p.view(1).rows;
@@ -113,6 +166,10 @@ void forward_group(const GramProblem<A>& p, int64_t g, A* matrices, A* to_produc
     const PairTerms<A> terms(p, g, matrices);
     distance[0] = p.kernels_table().compare(arguments(p, terms.gram(0), terms.gram(1)), products);
     set(1, terms.inter, static_cast<double>(p.features(0)));
+  } else if (p.by_triangles()) {
+    const Triangles<A> grams(p, matrices);
+    set(0, grams.products, 0);
+    distance[0] = grams.distance;
   } else {
     distance[0] = p.kernels_table().compare(arguments(p, p.xx(matrices), p.yy(matrices)), products);
   }
@@ -214,13 +271,21 @@ GroupMix<A> pair_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
 template <class A>
 GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const TermGradient& gradient,
                      double* distance) {
+  GroupMix<A> mix;
+  if (p.by_triangles()) {
+    const Triangles<A> grams(p, matrices);
+    if (distance) *distance = grams.distance;
+    for (int s : {0, 1}) {
+      if (p.wants(s)) mix.own[s] = grams.mix(s, gradient);
+    }
+    return mix;
+  }
   const int64_t n = p.view(0).rows, ld = p.padded(0);
   const SideGrams<A> sides(p, n * ld);
   Buffer<A> grams(p.flags().cosine ? p.matrix_elements() : 0);
   if (p.flags().cosine) std::memcpy(grams.get(), matrices, p.matrix_elements() * sizeof(A));
   p.kernels_table().compare_backward(arguments(p, p.xx(matrices), p.yy(matrices), gradient), sides.get(0),
                                      sides.get(1), distance);
-  GroupMix<A> mix;
   for (int s : {0, 1}) {
     if (!p.wants(s)) continue;
     A* g = sides.get(s);
@@ -267,7 +332,7 @@ void for_saved_rows(const GramProblem<A>& p, int64_t g, A* matrices, A* saved, b
   saved = for_kept_rows(p, matrices, saved, [&](A* row, A* kept, int64_t count) {
     std::memcpy(load ? row : kept, load ? kept : row, count * sizeof(A));
   });
-  if (load) p.mirror(matrices);
+  if (load) p.complete(matrices);
   if (p.cross()) p.keep_row_means(g, saved, load);
 }
 
@@ -319,7 +384,7 @@ void write_chunks(const GramProblem<A>& p, int side, int64_t g, const M& mix, in
 template <class A, class M>
 void write_gradients(const GramProblem<A>& p, const std::vector<M>& mixes) {
   for (int s : {0, 1}) {
-    const int64_t chunks = p.chunks_of(s);
+    const int64_t chunks = p.gradient_chunks(s);
     if (!p.wants(s) || !chunks) continue;
     parallel_for(0, p.groups() * chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end;) {

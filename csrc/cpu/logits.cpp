@@ -26,7 +26,8 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain =
-    1 << 14;  // logits of one side below which a second thread costs more than it saves
+    1 << 14;                        // logits of one side below which a second thread costs more than it saves
+constexpr int64_t kRowLogits = 64;  // whose time a row takes beyond that of its logits
 constexpr int64_t kDistLogits = 1 << 15;  // of one side that DIST holds at a time: 256 KB of both
 constexpr int64_t kStreamed = 16 << 20;   // bytes of a gradient from which it is not left in the caches
 constexpr double kPearsonEps = 1e-8;
@@ -86,7 +87,7 @@ struct Problem {
     call.saved_width = call.kind == LogitsKind::kl || call.kind == LogitsKind::dkd ? 5 : 7;
     saved_elements = saved ? saved->numel() : 0;
     counted = call.rows;
-    grain = std::max<int64_t>(1, kGrain / classes);
+    grain = std::max<int64_t>(1, kGrain / (classes + kRowLogits));
     const bool targets = call.kind == LogitsKind::dkd || call.kind == LogitsKind::nkd;
     KD_CHECK(given.has_value() || !targets, "logits: this kind needs labels");
     if (!given.has_value()) return;

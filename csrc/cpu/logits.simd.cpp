@@ -2,7 +2,8 @@
 //
 // Forward: each logit is read once and costs one exponential; maxima run along (online log-sum-exp), by
 // block. Backward: one more read, one exponential each, one write. with_gradient does both row by row, so
-// that the second read comes from the cache: 2 reads and 1 write of memory, not 4 and 1. At vocabulary sizes
+// that the second read comes from the cache: 2 reads and 1 write of memory, not 4 and 1; of a row that fits
+// one block it keeps the exponentials. At vocabulary sizes
 // of float32 an exponential (13 vector operations) costs about what its bytes do; the next block is
 // prefetched while one is summed, so that the two overlap.
 
@@ -124,23 +125,27 @@ double forward_row(const RowPair<A>& r) {
   return value;
 }
 
+// The target's part of the loss, before its factor; from what a row saved.
+template <class A>
+double target_term(const RowPair<A>& r) {
+  if (r.call.kind == LogitsKind::nkd) return r.saved[kTargetWeight] * softplus(-r.plain_odds());
+  if (r.call.kind != LogitsKind::dkd) return 0;
+  const double student = r.odds(false), teacher = r.odds(true);
+  const double term = sigmoid(teacher) * (softplus(-student) - softplus(-teacher)) +
+                      sigmoid(-teacher) * (softplus(student) - softplus(teacher));
+  return term < 0 ? 0 : term;
+}
+
 template <class A>
 double forward_row(const RowPair<A>& r) {
   const LogitsCall<A>& call = r.call;
-  double target_term = 0, value;
+  double value;
   if (call.kind == LogitsKind::nkd) {
     value = call.temperature == 1 ? forward_row<A, true, false>(r) : forward_row<A, true, true>(r);
-    target_term = r.saved[kTargetWeight] * softplus(-r.plain_odds());
   } else {
     value = forward_row<A, false, false>(r);
-    if (call.kind == LogitsKind::dkd) {
-      const double student = r.odds(false), teacher = r.odds(true);
-      target_term = sigmoid(teacher) * (softplus(-student) - softplus(-teacher)) +
-                    sigmoid(-teacher) * (softplus(student) - softplus(teacher));
-      if (target_term < 0) target_term = 0;
-    }
   }
-  return call.beta * value + call.alpha * target_term;
+  return call.beta * value + call.alpha * target_term(r);
 }
 
 // Gradient of a row: `both` (p - q) + `own` p + `plain` p¹ for the student, `both` q (log(q / p) - value) +
@@ -228,6 +233,71 @@ void backward_row(const RowPair<A>& r, const LogitsGradient<A>& g) {
   }
 }
 
+// Whether a row and its exponentials fit one block.
+template <class A>
+bool is_short(const LogitsCall<A>& call, const LogitsGradient<A>& g) {
+  const bool plain = call.kind == LogitsKind::nkd && call.temperature != 1;
+  return call.classes <= kBlock && !plain && !g.streams;
+}
+
+// forward_row and backward_row of the student at once: each exponential is computed once.
+template <class A>
+double short_row(const RowPair<A>& r, const LogitsGradient<A>& g) {
+  const LogitsCall<A>& call = r.call;
+  const bool nkd = call.kind == LogitsKind::nkd;
+  alignas(64) A exp_s[kBlock], exp_t[kBlock];
+  const int64_t classes = call.classes, width = padded<A>(classes);
+  const A* s = load_block(call.student, r.s, 0, classes, r.target, exp_s);
+  const A* t = load_block(call.teacher, r.t, 0, classes, r.target, exp_t);
+  const A max_s = block_max(s, width), max_t = block_max(t, width), c = static_cast<A>(r.c);
+  Vec<A> sum_s = {}, sum_t = {}, cross = {};
+  for (int64_t i = 0; i < width; i += kLanes<A>) {
+    const Vec<A> b = (load_vec(s + i) - max_s) * c, a = (load_vec(t + i) - max_t) * c;
+    const Vec<A> es = exp2_vec<A>(b), et = exp2_vec<A>(a), term = et * (nkd ? -b : a - b);
+    sum_s += es, sum_t += et;
+    cross += et == Vec<A>{} ? Vec<A>{} : term;  // as in add_block
+    store_vec(exp_s + i, es), store_vec(exp_t + i, et);
+  }
+  const double total_s = lanes_sum<A>(sum_s), total_t = lanes_sum<A>(sum_t);
+  double value = lanes_sum<A>(cross) / total_t;
+  if (call.kind == LogitsKind::kl) {
+    value = kLn2 * (value + __builtin_log2(total_s / total_t));
+  } else {
+    const double log_s = __builtin_log2(total_s), log_t = __builtin_log2(total_t);
+    value = kLn2 * (value + log_s - (nkd ? 0 : log_t));
+    r.saved[kStudentMax] = max_s, r.saved[kStudentLog] = static_cast<A>(log_s);
+    r.saved[kTeacherMax] = max_t, r.saved[kTeacherLog] = static_cast<A>(log_t);
+    if (nkd) {
+      r.saved[kPlainLog] = static_cast<A>(log_s);
+      r.saved[kTargetWeight] =
+          static_cast<A>(sigmoid(load_one(call.teacher, r.t, r.target) - max_t - log_t * kLn2));
+    }
+  }
+  const RowFactors f = row_factors(r, g);
+  const A of_s = static_cast<A>(1 / total_s), of_t = static_cast<A>(1 / total_t);
+  const A both = static_cast<A>(f.both), own = static_cast<A>(f.own);
+  char* to = row_data(g.to, r.row);
+  const bool direct = is_plain<A>(g.to);
+  A* out = direct ? reinterpret_cast<A*>(to) : exp_s;
+  // In a loop of its own: of products in one expression with p - q, FMA rounds one only, and equal logits
+  // have a gradient.
+  for (int64_t i = 0; i < width; i += kLanes<A>) {
+    store_vec(exp_s + i, load_vec(exp_s + i) * of_s), store_vec(exp_t + i, load_vec(exp_t + i) * of_t);
+  }
+  for (int64_t i = 0; i < width; i += kLanes<A>) {
+    const Vec<A> p = load_vec(exp_s + i), q = load_vec(exp_t + i);
+    const Vec<A> gradient = both * (p - q) + own * p;
+    if (direct && classes - i < kLanes<A>) {
+      store_part<A>(out + i, classes - i, gradient);
+    } else {
+      store_vec(out + i, gradient);
+    }
+  }
+  if (!direct) store_block(g.to, to, 0, classes, out);
+  if (r.target >= 0) store_one(g.to, to, r.target, f.target);
+  return call.beta * (value < 0 ? 0 : value) + call.alpha * target_term(r);  // rounding; NaN stays
+}
+
 template <class A>
 void forward(const LogitsCall<A>& call, int64_t begin, int64_t end, double* values) {
   for (int64_t row = begin; row < end; ++row) {
@@ -259,6 +329,10 @@ void with_gradient(const LogitsCall<A>& call, const LogitsGradient<A>& g, int64_
     }
     A saved[kTargetWeight + 1];
     const RowPair<A> r(call, row, saved);
+    if (is_short(call, g)) {
+      values[row] = short_row(r, g);
+      continue;
+    }
     values[row] = forward_row(r);
     backward_row(r, g);
   }

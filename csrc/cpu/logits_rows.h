@@ -36,9 +36,15 @@ inline char* row_data(const LogitsMatrix& m, int64_t row) {
   return m.data + offset * element_size(m.dtype);
 }
 
+// Whether classes are neighbours of the accumulation type.
+template <class A>
+inline bool is_plain(const LogitsMatrix& m) {
+  return m.dtype == kDtypeOf<A> && m.stride == 1;
+}
+
 template <class A>
 inline bool in_place(const LogitsMatrix& m, int64_t count) {
-  return m.dtype == kDtypeOf<A> && m.stride == 1 && count % kLanes<A> == 0;
+  return is_plain<A>(m) && count % kLanes<A> == 0;
 }
 
 // Classes [first, first + count) of a row, padded with -inf; class `hidden` reads as -inf too. In place where
@@ -48,15 +54,24 @@ inline const A* load_block(const LogitsMatrix& m, const char* row, int64_t first
                            int64_t hidden, A* buffer) {
   const bool hides = hidden >= first && hidden < first + count;
   if (!hides && in_place<A>(m, count)) return reinterpret_cast<const A*>(row) + first;
-  with_dtype(m.dtype, row, [&](const auto* data) {
-    const auto* from = data + first * m.stride;
-    if (m.stride == 1) {
-      convert(from, buffer, count);
-    } else {
-      for (int64_t i = 0; i < count; ++i) buffer[i] = load(from + i * m.stride);
+  if (is_plain<A>(m)) {  // in vectors: loads of a vector wait for smaller stores to it
+    const A* from = reinterpret_cast<const A*>(row) + first;
+    const int64_t whole = count / kLanes<A> * kLanes<A>;
+    for (int64_t i = 0; i < whole; i += kLanes<A>) store_vec(buffer + i, load_vec(from + i));
+    if (whole < count) {
+      store_vec(buffer + whole, load_part<A>(from + whole, count - whole, Vec<A>{} - kInfinity<A>));
     }
-  });
-  for (int64_t i = count; i < padded<A>(count); ++i) buffer[i] = -kInfinity<A>;
+  } else {
+    with_dtype(m.dtype, row, [&](const auto* data) {
+      const auto* from = data + first * m.stride;
+      if (m.stride == 1) {
+        convert(from, buffer, count);
+      } else {
+        for (int64_t i = 0; i < count; ++i) buffer[i] = load(from + i * m.stride);
+      }
+    });
+    for (int64_t i = count; i < padded<A>(count); ++i) buffer[i] = -kInfinity<A>;
+  }
   if (hides) buffer[hidden - first] = -kInfinity<A>;
   return buffer;
 }
@@ -103,13 +118,6 @@ inline void store_one(const LogitsMatrix& m, char* row, int64_t index, double va
   with_dtype(m.dtype, row, [&](auto* data) { store(data + index * m.stride, value); });
 }
 
-template <class A>
-inline double lanes_sum(const Vec<A>& v) {
-  double sum = 0;
-  for (int lane = 0; lane < kLanes<A>; ++lane) sum += static_cast<double>(v[lane]);
-  return sum;
-}
-
 // Where a row starts with nothing but -inf, its maximum is this finite number until there is a better one.
 template <class A>
 constexpr A kLowestMax = static_cast<A>(-1e30);
@@ -122,9 +130,7 @@ inline A block_max(const A* block, int64_t count) {
     const Vec<A> v = load_vec(block + i);
     largest = v > largest ? v : largest;
   }
-  A found = largest[0];
-  for (int lane = 1; lane < kLanes<A>; ++lane) found = largest[lane] > found ? largest[lane] : found;
-  return found;
+  return lanes_max<A>(largest);
 }
 
 template <class A>

@@ -97,6 +97,112 @@ inline void add_sums4(const Vec<A>* v, A* to) {
   }
 }
 
+// Sum of the lanes in double, halves first.
+template <class A>
+inline double lanes_sum(const Vec<A>& v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 8) return _mm512_reduce_add_pd((__m512d)v);
+  const __m512 z = (__m512)v;
+  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(z)),
+                                            _mm512_cvtps_pd(_mm512_extractf32x8_ps(z, 1))));
+#elif defined(__AVX2__)
+  __m256d sum;
+  if constexpr (sizeof(A) == 8) {
+    sum = (__m256d)v;
+  } else {
+    const __m256 z = (__m256)v;
+    sum = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(z)),
+                        _mm256_cvtps_pd(_mm256_extractf128_ps(z, 1)));
+  }
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
+  return two[0] + two[1];
+#else
+  double sum = 0;
+  for (int lane = 0; lane < kLanes<A>; ++lane) sum += static_cast<double>(v[lane]);
+  return sum;
+#endif
+}
+
+// Largest lane; no lane is NaN.
+template <class A>
+inline A lanes_max(const Vec<A>& v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 8) {
+    return _mm512_reduce_max_pd((__m512d)v);
+  } else {
+    return _mm512_reduce_max_ps((__m512)v);
+  }
+#else
+  A largest[kLanes<A>];
+  store_vec(largest, v);
+#pragma GCC unroll 3
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      largest[i] = largest[i] > largest[i + half] ? largest[i] : largest[i + half];
+    }
+  }
+  return largest[0];
+#endif
+}
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <class A>
+inline __m256i first_lanes(int64_t count) {
+  if constexpr (sizeof(A) == 8) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+  } else {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+}
+#endif
+
+// The first `count` lanes from memory, of which no more is read, the others from `rest`.
+template <class A>
+inline Vec<A> load_part(const A* from, int64_t count, const Vec<A>& rest) {
+#if defined(__AVX512F__)
+  const auto mask = static_cast<uint16_t>((1u << count) - 1);
+  if constexpr (sizeof(A) == 8) {
+    return (Vec<A>)_mm512_mask_loadu_pd((__m512d)rest, static_cast<__mmask8>(mask), from);
+  } else {
+    return (Vec<A>)_mm512_mask_loadu_ps((__m512)rest, mask, from);
+  }
+#elif defined(__AVX2__)
+  const __m256i mask = first_lanes<A>(count);
+  if constexpr (sizeof(A) == 8) {
+    return (Vec<A>)_mm256_blendv_pd((__m256d)rest, _mm256_maskload_pd(from, mask), (__m256d)mask);
+  } else {
+    return (Vec<A>)_mm256_blendv_ps((__m256)rest, _mm256_maskload_ps(from, mask), (__m256)mask);
+  }
+#else
+  Vec<A> v = rest;
+  for (int64_t lane = 0; lane < count; ++lane) v[lane] = from[lane];
+  return v;
+#endif
+}
+
+// The first `count` lanes to memory.
+template <class A>
+inline void store_part(A* to, int64_t count, const Vec<A>& v) {
+#if defined(__AVX512F__)
+  const auto mask = static_cast<uint16_t>((1u << count) - 1);
+  if constexpr (sizeof(A) == 8) {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), (__m512d)v);
+  } else {
+    _mm512_mask_storeu_ps(to, mask, (__m512)v);
+  }
+#elif defined(__AVX2__)
+  const __m256i mask = first_lanes<A>(count);
+  if constexpr (sizeof(A) == 8) {
+    _mm256_maskstore_pd(to, mask, (__m256d)v);
+  } else {
+    _mm256_maskstore_ps(to, mask, (__m256)v);
+  }
+#else
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = v[lane];
+#endif
+}
+
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 inline double square_root(double x) { return __builtin_sqrt(x); }
 

@@ -67,12 +67,15 @@ class Workspaces {
     if (best != idle_.end()) found = *best, idle_.erase(best);
     ++takes_;
     if (bytes <= found.bytes && found.bytes <= 2 * bytes) return found;
-    if (64 * changes_ > kFreeChanges + takes_) {  // uses alternate: keep all their sizes
+    int64_t idle = 0;
+    for (const Block& block : idle_) idle += block.bytes;
+    if (changes_ >= kFreeChanges && takes_ < 64 + kPageTakes * idle / kPage) {
+      // Uses alternate: keep all their sizes.
       if (found.data) idle_.push_back(found);
       return resized({nullptr, 0}, bytes);
     }
     // Uses have changed: what idles now is of sizes that are asked for no more.
-    ++changes_;
+    ++changes_, takes_ = 0;
     drop();
     return resized(found, bytes);
   }
@@ -91,8 +94,9 @@ class Workspaces {
   }
 
  private:
-  static constexpr int64_t kLeastMapped = 20 << 10, kPage = 1 << 12, kFreeChanges = 64 * 16;
-  static constexpr int64_t kKept = 4 << 20;
+  static constexpr int64_t kLeastMapped = 20 << 10, kPage = 1 << 12, kFreeChanges = 16;
+  static constexpr int64_t kPageTakes = 16;  // how many times as long as a take the first use of a page lasts
+  static constexpr int64_t kKept = 16 << 20;
 
 #ifdef __linux__
   static constexpr bool kMaps = true;
@@ -122,7 +126,7 @@ class Workspaces {
   std::mutex mutex_;
   std::vector<Block> idle_;
   int calls_ = 0;
-  int64_t takes_ = 0, changes_ = 0;  // since all was given back
+  int64_t takes_ = 0, changes_ = 0;  // since uses changed, and how often they did since all was given back
 };
 
 // Uninitialised, 64-byte aligned.

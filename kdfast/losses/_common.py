@@ -84,3 +84,12 @@ def levels(student: Levels, teacher: Levels) -> list[tuple[Tensor, Tensor]]:
 
 def total(terms: list[Tensor]) -> Tensor:
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+
+
+def plus(value: Tensor, weight: float, term: Tensor) -> Tensor:
+    """``value + weight * term``; in eager mode one op, since at small sizes ops cost more than arithmetic."""
+    if weight == 1:
+        return value + term
+    if torch.compiler.is_compiling():  # a factor that changes in every epoch must not be compiled anew
+        return value + weight * term
+    return torch.add(value, term, alpha=weight)

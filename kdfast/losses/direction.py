@@ -6,9 +6,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..class_means import ClassMeans
 from ..ops.direction import direction
+from ..ops.projector import projector, supports
 from ..reference.direction import norm
 from ._common import Loss, check_choice, check_float, check_pair, describe
 
@@ -331,3 +333,44 @@ class EmbeddingProjector(nn.Sequential):
         else:
             nn.init.zeros_(linear.bias)
         super().__init__(nn.BatchNorm1d(in_dim), nn.Dropout(dropout), linear)
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = None if torch.compiler.is_compiling() else self._in_one_op(input)
+        return super().forward(input) if found is None else found
+
+    def _in_one_op(self, x: Tensor) -> Tensor | None:
+        """What the three layers do, where none was changed and they train in float32 on the CPU; else None."""
+        layers = [*self._modules.values()]
+        if [*map(type, layers)] != _LAYERS or any(map(_hooked, layers)) or _has_any_global_hook():
+            return None
+        norm, dropout, linear = layers
+        tensors = (
+            norm._parameters["weight"],
+            norm._parameters["bias"],
+            linear._parameters["weight"],
+            linear._parameters["bias"],
+            norm._buffers["running_mean"],
+            norm._buffers["running_var"],
+        )
+        if not norm.training or norm.momentum is None or dropout.p == 1 or not supports(x, *tensors):
+            return None
+        noise = None
+        if dropout.training and dropout.p > 0:  # the mask that nn.Dropout would draw
+            noise = torch.empty_like(x).bernoulli_(1 - dropout.p).div_(1 - dropout.p)
+        norm._buffers["num_batches_tracked"].add_(1)
+        return projector(x, noise, *tensors, norm.momentum, norm.eps)
+
+
+_LAYERS = [nn.BatchNorm1d, nn.Dropout, nn.Linear]
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward, or its forward is not its class's."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
