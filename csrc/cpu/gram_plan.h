@@ -15,8 +15,7 @@ struct GramFlags {
 
 constexpr int64_t kTileBytes = 200 * 1024;          // of one tile: two of them fit an L2 cache of 512 KB
 constexpr int64_t kMinChunk = 64, kMaxChunk = 512;  // columns of a tile
-constexpr int64_t kLongChunk =
-    256;  // where it does not fit: the sums across lanes at its end weigh more than L2 misses
+constexpr int64_t kLongChunk = 256;         // where that is not: sums across lanes weigh more than misses
 constexpr int64_t kMinGradientChunk = 32;   // of a gradient
 constexpr int64_t kManyGroups = 8;          // from here on one task per group
 constexpr int64_t kTasks = 8;               // wanted where there are fewer groups
