@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -58,3 +58,16 @@ def assert_as_accurate(
     assert got.shape == truth.shape, f"{what}: shape {list(got.shape)}, need {list(truth.shape)}"
     error, allowed = (got.double() - truth).abs(), 2 * (same_dtype.double() - truth).abs().max() + floor
     assert bool((error <= allowed).all()), f"{what}: error {error.max():.3g}, allowed {allowed:.3g}"
+
+
+def same_for_any_threads(compute: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
+    """What ``compute`` returns, the same bits whatever the number of threads."""
+    threads, expected = torch.get_num_threads(), compute()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            for found, other in zip(compute(), expected, strict=True):
+                assert torch.equal(found, other)
+    finally:
+        torch.set_num_threads(threads)
+    return expected

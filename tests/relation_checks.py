@@ -92,19 +92,6 @@ def check_expanded_upstream(call: Relation, dense: Relation, values: Sequence[Te
         torch.testing.assert_close(f.double(), t, rtol=1e-4, atol=1e-5 * max(1.0, float(t.abs().max())))
 
 
-def same_for_any_threads(compute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-    """What ``compute`` returns, the same bits whatever the number of threads."""
-    threads, expected = torch.get_num_threads(), compute()
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            for found, other in zip(compute(), expected, strict=True):
-                assert torch.equal(found, other)
-    finally:
-        torch.set_num_threads(threads)
-    return expected
-
-
 def check_gradients(call: Relation, last: bool) -> None:
     values = [v.requires_grad_() for v in inputs(2, 3, 2, 7, 5, torch.float64, last)]
     assert torch.autograd.gradcheck(call, values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_checks import SETTINGS, SHAPES, compare, layouts, maps
-from conftest import needs_extension
+from conftest import needs_extension, same_for_any_threads
 from early_checks import called, check_early
 
 import kdfast
@@ -113,14 +113,12 @@ def test_threads_equal_maps_and_no_images_of_a_student_alone():
     asked = {"pooled": False, "channel_mask": True}
     x, y, _ = maps(2, 24, 70, 40)
     x.requires_grad_()
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
+
+    def compute():
         loss, distances = attention_mask(x, y, **PLAIN, **asked)
-        results.append((loss, distances, *torch.autograd.grad(loss, x)))
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        return loss, distances, *torch.autograd.grad(loss, x)
+
+    same_for_any_threads(compute)
     for s in (x, torch.randn(0, 4, 3, 5, requires_grad=True)):
         for chosen in DETACHED:
             loss, distances = attention_mask(s, s.detach().clone(), **chosen, pooled=False)

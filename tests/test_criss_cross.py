@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import needs_extension
+from conftest import needs_extension, same_for_any_threads
 from criss_cross_checks import check, dense, inputs, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from relation_checks import same_for_any_threads
 
 import kdfast
 from kdfast import backend, criss_cross_attention

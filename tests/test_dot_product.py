@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import relation_checks as checks
 import torch
-from conftest import needs_extension
+from conftest import needs_extension, same_for_any_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from relation_checks import DTYPES, FORMATS, NEEDED, inputs
@@ -74,7 +74,7 @@ def test_large_half_precision_sums():
 
 def test_same_bits_for_any_number_of_threads():
     values = inputs(2, 70, 50, 3000, 2100)
-    checks.same_for_any_threads(lambda: checks.run(dot_product, values))
+    same_for_any_threads(lambda: checks.run(dot_product, values))
 
 
 @FORMATS

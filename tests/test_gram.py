@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import assert_as_accurate, needs_extension
+from conftest import assert_as_accurate, needs_extension, same_for_any_threads
 from early_checks import called, check_early
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,13 +172,7 @@ def test_degenerate_inputs_are_finite(rows: int, kind: str) -> None:
 
 def test_result_does_not_depend_on_threads() -> None:
     x, y = torch.randn(1, 40, 1, 1, 1, 9000), torch.randn(1, 40, 1, 1, 1, 9000)
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(torch.ops.kdfast.gram(x, y, *FLAGS[0], True))
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    same_for_any_threads(lambda: torch.ops.kdfast.gram(x, y, *FLAGS[0], True))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -348,20 +344,13 @@ def test_early_gradient_of_degenerate_inputs(rows: int, kind: str) -> None:
 
 
 def test_early_gradient_does_not_depend_on_threads() -> None:
-    threads, cases = torch.get_num_threads(), []
     for shape, width, flags in (
         ((128, 100), 100, FLAGS[0]),
         ((301, 40), 700, FLAGS[0]),
         ((100, 128), 128, (0, True, False, True, False)),
     ):
-        student, teacher, results = torch.randn(shape), torch.randn(shape[0], width), []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(torch.ops.kdfast.gram_with_gradient(student, teacher, 0, *flags, 1.0, 2.0))
-        cases.append(results)
-    torch.set_num_threads(threads)
-    for first, *others in cases:
-        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+        given = torch.randn(shape), torch.randn(shape[0], width)
+        same_for_any_threads(partial(torch.ops.kdfast.gram_with_gradient, *given, 0, *flags, 1.0, 2.0))
 
 
 def test_workspaces_stay_mapped_between_calls() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import needs_extension
+from conftest import needs_extension, same_for_any_threads
 from early_checks import called, check_early
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -128,13 +130,7 @@ def test_ignored_rows_are_not_read() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_result_does_not_depend_on_threads(kind) -> None:
     s, t, y = make((100, 700))
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(run(lambda a, b: logits(a, b, y, kind=kind, alpha=1.0), s, t))
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    same_for_any_threads(lambda: run(lambda a, b: logits(a, b, y, kind=kind, alpha=1.0), s, t))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -237,15 +233,11 @@ def test_gradient_larger_than_the_caches(classes, dtype) -> None:
 
 
 def test_early_gradient_does_not_depend_on_threads() -> None:
-    threads = torch.get_num_threads()
     for shape in ((100, 700), (700, 10)):
-        (s, t, y), results = make(shape), []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(torch.ops.kdfast.logits_with_gradient(s, t, y, 1, 1.0, 2.0, 3.0, IGNORED))
-        torch.set_num_threads(threads)
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        given = make(shape)
+        same_for_any_threads(
+            partial(torch.ops.kdfast.logits_with_gradient, *given, 1, 1.0, 2.0, 3.0, IGNORED)
+        )
 
 
 def test_early_gradient_is_exactly_zero_for_equal_logits() -> None:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from conftest import same_for_any_threads
 from early_checks import called
 from torch import Tensor, nn
 
@@ -189,15 +190,13 @@ def test_compiles_without_a_break():
 
 def test_result_does_not_depend_on_threads():
     tensors, grad = inputs(500, 48, 128, noise=True), torch.randn(500, 128)
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
+
+    def compute():
         y, center, scale = torch.ops.kdfast.projector(*tensors, *statistics(48), 0.1, 1e-5)
         found = torch.ops.kdfast.projector_backward(grad, *tensors[:5], center, scale)
-        results.append((y, center, scale, *found))
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        return y, center, scale, *found
+
+    same_for_any_threads(compute)
 
 
 @pytest.mark.parametrize("noise", [False, True])

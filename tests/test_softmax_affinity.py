@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import relation_checks as checks
 import torch
-from conftest import needs_extension
+from conftest import needs_extension, same_for_any_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from relation_checks import DTYPES, FORMATS, NEEDED, inputs, run
@@ -126,7 +126,7 @@ def test_infinite_and_undefined_exponents():
 
 def test_same_bits_for_any_number_of_threads():
     values = inputs(1, 30, 50, 1300, 2100)
-    checks.same_for_any_threads(lambda: checks.run(scaled(softmax_affinity, 0.3), values))
+    same_for_any_threads(lambda: checks.run(scaled(softmax_affinity, 0.3), values))
 
 
 @FORMATS

@@ -15,6 +15,7 @@
 #include "common/gradient.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 #include "cpu/criss_cross_ops.h"
 
 namespace kd {
@@ -98,7 +99,7 @@ struct Pass {
       if (column)
         together = *std::find_if(std::begin(kColumnsTogether), std::end(kColumnsTogether) - 1, fits);
     }
-    blocks = (call.lines - rest + together - 1) / together, bytes = 0;
+    blocks = ceil_div(call.lines - rest, together), bytes = 0;
     if (vectors) bytes = size * with.workspace_of_columns(call, most, is_backward);
     if (blocks) {
       const int64_t lines = std::min(together, call.lines - rest);
@@ -120,12 +121,12 @@ struct Pass {
 
   void run(int64_t first_image, int64_t images) const {
     const CrissCrossKernels<A>& with = kernels<A>();
-    const int64_t lines = (call.lines + tasks() - 1) / tasks();
+    const int64_t lines = ceil_div(call.lines, tasks());
     const int64_t work = lines * call.length * call.length * (call.channels + call.values);
     const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(work, 1));
     std::atomic<int64_t> next{0};
     parallel_for(0, images * tasks(), grain, [&](int64_t begin, int64_t end) {
-      const size_t whole = (static_cast<size_t>(bytes) + 63) / 64 * 64;
+      const size_t whole = round_up(static_cast<size_t>(bytes), size_t{64});
       const std::unique_ptr<A, decltype(&std::free)> workspace(static_cast<A*>(std::aligned_alloc(64, whole)),
                                                                &std::free);
       KD_CHECK(workspace, "criss_cross: out of memory for a workspace of ", whole, " bytes");
@@ -176,9 +177,9 @@ void run(const Maps& maps, A* lse, A* delta, bool is_backward) {
   const int64_t images = maps.value->size(0), threads = num_threads();
   const int64_t bytes = maps.value->element_size() * (maps.value->numel() + maps.query->numel()) *
                         (is_backward ? 4 : 2) / images;
-  int64_t group = std::min(images, (kGroupBytes + bytes - 1) / bytes);
+  int64_t group = std::min(images, ceil_div(kGroupBytes, bytes));
   while (group < images && !(rows.divides(group, threads) && columns.divides(group, threads))) ++group;
-  const int64_t groups = (images + group - 1) / group;
+  const int64_t groups = ceil_div(images, group);
   for (int64_t i = 0; i < groups; ++i) {
     const int64_t first = (is_backward ? groups - 1 - i : i) * group, count = std::min(group, images - first);
     rows.run(first, count);

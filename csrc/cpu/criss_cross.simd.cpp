@@ -20,7 +20,7 @@ constexpr int64_t kBlock = 48, kBlockOfLines = 18;  // channels of a tile of one
 // hold.
 template <class A>
 inline int64_t row_of(int64_t length) {
-  const int64_t ld = (length + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  const int64_t ld = round_up(length, int64_t{kLanes<A>});
   return ld * static_cast<int64_t>(sizeof(A)) % 512 == 0 ? ld + kLanes<A> : ld;
 }
 
@@ -42,7 +42,7 @@ struct Lines {
         count(count),
         n(call.length),
         ld(row_of<A>(call.length)),
-        width((call.length + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
+        width(round_up(call.length, int64_t{kLanes<A>})),
         block(count == 1 ? kBlock : kBlockOfLines) {}
 
   int64_t scores() const { return count * n * ld; }

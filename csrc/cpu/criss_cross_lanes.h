@@ -5,6 +5,7 @@
 // and all of a line of the cache is used when it is read. Everything below counts in such vectors: a part of
 // a map is [channels, positions], the scores of a block are [queries, keys].
 
+#include "common/rounding.h"
 #include "cpu/criss_cross.h"
 #include "cpu/exp.h"
 #include "cpu/simd.h"
@@ -40,8 +41,7 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The size of blocks that cover n evenly: at most `most`, a multiple of 4.
 inline int64_t even_blocks(int64_t n, int64_t most) {
-  const int64_t blocks = (n + most - 1) / most;
-  return ((n + blocks - 1) / blocks + 3) / 4 * 4;
+  return round_up(ceil_div(n, ceil_div(n, most)), int64_t{4});
 }
 
 // Parts of maps that come next: a line of their cache lines is asked for at every step of a product. Nobody
@@ -125,7 +125,7 @@ struct Columns {
   // 0.
   void pack(const CrissCrossMap& map, int64_t channel, int64_t channels, int64_t position, int64_t positions,
             A* tile, int64_t row) const {
-    const int64_t whole = (channels + kGroup - 1) / kGroup * kGroup;
+    const int64_t whole = round_up(channels, int64_t{kGroup});
     for (int64_t c = 0; c < whole; ++c) {
       A* const to = tile + c * L;
       if (c < channels) {
@@ -244,7 +244,7 @@ struct ForwardBlocks {
 
   ForwardBlocks(const CrissCrossCall<A>& call, int64_t most) {
     const int64_t n = call.length, L = kLanes<A>, few = kPositions * kDepth;
-    ld = (n + 3) / 4 * 4;
+    ld = round_up(n, int64_t{4});
     const int64_t fit = (most / L - few) / (ld + kDepth + 1) / 4 * 4;
     queries = even_blocks(n, fit < 8 ? 8 : fit), keys = even_blocks(n, kTerms);
     const int64_t for_scores = queries * kDepth + few, for_values = keys * kGroup;  // one after the other

@@ -7,6 +7,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include "common/rounding.h"
 #include "cpu/criss_cross.h"
 #include "cpu/simd.h"
 
@@ -221,14 +222,14 @@ class Ahead {
     if (map.position == 1) {  // lines that follow one another make one run
       const bool joined = map.line == length;
       const int64_t runs = joined ? 1 : p.lines;
-      s.inner = ((joined ? p.lines : 1) * length * element_bytes + 63) / 64, s.inner_step = 64;
+      s.inner = ceil_div((joined ? p.lines : 1) * length * element_bytes, int64_t{64}), s.inner_step = 64;
       s.middle = runs, s.middle_step = map.line * element_bytes;
       s.outer = p.channels, s.outer_step = map.channel * element_bytes;
     } else {  // one line of the cache per position and channel, or per position and line
       const bool by_line = map.channel == 1;
       s.inner = length, s.inner_step = map.position * element_bytes;
       s.middle = by_line ? p.lines : 1, s.middle_step = map.line * element_bytes;
-      s.outer = by_line ? (p.channels * element_bytes + 63) / 64 : p.channels;
+      s.outer = by_line ? ceil_div(p.channels * element_bytes, int64_t{64}) : p.channels;
       s.outer_step = by_line ? 64 : map.channel * element_bytes;
     }
   }
@@ -352,7 +353,7 @@ void multiply(const A* a, int64_t ld_a, const A* b, int64_t ld_b, int64_t rows, 
   constexpr int64_t L = kLanes<A>;
   int64_t j = 0;
   for (; j + (kWide - 1) * L < columns; j += kWide * L) panel.template operator()<kWide>(j);
-  const int64_t left = (columns - j + L - 1) / L;  // vectors
+  const int64_t left = ceil_div(columns - j, L);  // vectors
   if constexpr (kWide > 3) {
     if (left == 3) panel.template operator()<3>(j);
     if (left == 2) panel.template operator()<2>(j);

@@ -17,6 +17,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/rounding.h"
 #include "cpu/projector_ops.h"
 #include "cpu/workspace.h"
 
@@ -70,7 +71,7 @@ ProjectorInputs inputs(const Tensor& x, const OptionalTensor& noise, const Tenso
 // f(begin, end) on blocks of kBlockRows rows, whatever the threads.
 template <class F>
 void for_blocks(const ProjectorInputs& p, const F& f) {
-  const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
+  const int64_t blocks = ceil_div(p.rows, kBlockRows);
   const int64_t grain = std::max<int64_t>(1, kTaskProducts / (kBlockRows * p.in * p.out));
   parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
@@ -136,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> projector_backward_cpu(
   float* to = data(grad_x);  // first of the norm's output, then of its input
 
   Buffer<float> z(p.rows * p.in);
-  const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
+  const int64_t blocks = ceil_div(p.rows, kBlockRows);
   std::vector<double> parts(2 * blocks * p.in, 0.0), sums(p.out, 0.0);
   for_blocks(p, [&](int64_t begin, int64_t end) {
     double* part = parts.data() + 2 * begin / kBlockRows * p.in;
