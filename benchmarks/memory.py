@@ -46,7 +46,7 @@ def peak(call: Callable[[], object], device: torch.device) -> int | None:
 
 def _resident_peak(call: Callable[[], object], trim: Callable[[int], int]) -> int | None:
     if _extension.module is not None:
-        _extension.module.release_workspaces()
+        _extension.module.release_memory()
     trim(0)
     try:
         _CLEAR.write_text("5")

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "cpu/kept_memory.h"
 #include "cpu/workspace.h"
 
 namespace py = pybind11;
@@ -53,6 +54,10 @@ PYBIND11_MODULE(_C, m) {
       "isa", [] { return kd::isa_name(kd::isa()); },
       "The instruction set that the CPU kernels use; raises if KDFAST_ISA asks for one that cannot run.");
   m.def(
-      "release_workspaces", [] { kd::Workspaces::all().release(); },
-      "Gives back the few MB that the CPU kernels keep between calls.");
+      "release_memory",
+      [] {
+        kd::Workspaces::all().release();
+        kd::KeptMemory::all().release();
+      },
+      "Gives back the memory that the CPU kernels keep between calls.");
 }

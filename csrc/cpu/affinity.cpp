@@ -10,17 +10,16 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <vector>
 
 #include "common/dtype.h"
-#include "common/gradient.h"
-#include "common/huge_buffer.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/rounding.h"
 #include "cpu/affinity_ops.h"
 #include "cpu/affinity_order.h"
+#include "cpu/results.h"
+#include "cpu/tasks.h"
 
 namespace kd {
 
@@ -143,8 +142,8 @@ void backward(const AffinityKernels<P>& kernels, const Sizes& s, const Tensor& g
               const Tensor* grad_a, const Tensor* grad_b, const Tensor* grad_g) {
   const Sides<P> sides = arrange<P>(s, a, b, const_cast<int32_t*>(order_a), const_cast<int32_t*>(order_b),
                                     true, grad_a != nullptr, grad_b || grad_g);
-  const HugeBuffer<P> dots_a(grad_a ? s.batch * s.blocks() * s.n : 0);
-  const HugeBuffer<P> dots_b(grad_b ? s.batch * s.blocks() * s.m : 0);
+  const LargeBuffer<P> dots_a(grad_a ? s.batch * s.blocks() * s.n : 0);
+  const LargeBuffer<P> dots_b(grad_b ? s.batch * s.blocks() * s.m : 0);
   const double scale = 1.0 / static_cast<double>(s.m);
   for_blocks<P>(
       s, (s.n + s.m) * kAffinityWidth, [&](int64_t image, int64_t first, int64_t count, P* workspace) {
@@ -168,44 +167,17 @@ void backward(const AffinityKernels<P>& kernels, const Sizes& s, const Tensor& g
   if (grad_b) add_up(*grad_b, order_b, dots_b.get(), s.blocks());
 }
 
-// From this size on malloc maps every block anew, and not from the start of a huge page on: the parts of huge
-// pages at both ends would be some 800 faults of 1.6 us.
-constexpr int64_t kMappedAnew = 32 << 20;
-
-// A new map [B, rows, e], neighbours along e or along the rows. A large one begins on a huge page inside a
-// larger block, whose rest is never touched.
-Tensor new_map(const Tensor& like, int64_t batch, int64_t rows, int64_t e, bool along_e) {
-  constexpr int64_t kPage = 2 << 20;
-  const std::array<int64_t, 3> sizes = {batch, along_e ? rows : e, along_e ? e : rows};
-  const int64_t count = batch * rows * e, size = static_cast<int64_t>(like.element_size());
-  Tensor map;
-  if (count * size < kMappedAnew) {
-    map = torch::stable::new_empty(like, sizes);
-    advise_huge_pages(map.data_ptr(), count * size);
-  } else {
-    Tensor block = torch::stable::new_empty(like, {count + 2 * kPage / size});
-    const auto begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(block.data_ptr()) % kPage);
-    block = torch::stable::narrow(block, 0, (kPage - begin) % kPage / size, count);
-    advise_huge_pages(block.data_ptr(), round_up(count * size, kPage));
-    map = torch::stable::view(block, sizes);
-  }
-  return along_e ? map : torch::stable::transpose(map, 1, 2);
-}
-
-bool along_e(const Tensor& g) { return g.stride(1) >= g.stride(2); }
-
-Tensor new_gradient_of_g(const Sizes& s, const Tensor& g, bool needed) {
-  if (!needed || bytes_of(g) < kMappedAnew) return new_gradient(g, needed);
-  const bool dense = g.is_contiguous() || torch::stable::transpose(g, 1, 2).is_contiguous();
-  return dense ? new_map(g, s.batch, s.m, s.e, along_e(g)) : new_gradient(g);
+// A new map [B, rows, e], neighbours along e or along the rows: as g has them, see the fake.
+Tensor new_map(const Tensor& g, int64_t batch, int64_t rows, int64_t e) {
+  if (g.stride(1) >= g.stride(2)) return new_result(g, {batch, rows, e});
+  return torch::stable::transpose(new_result(g, {batch, e, rows}), 1, 2);
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> affinity_cpu(const Tensor& a, const Tensor& b, const Tensor& g) {
   const Sizes s = check(a, b, g);
-  // Laid out as the fake says: as g is.
-  Tensor out = new_map(g, s.batch, s.n, s.e, along_e(g));
+  Tensor out = new_map(g, s.batch, s.n, s.e);
   Tensor order_a = torch::stable::new_empty(a, {s.batch, s.n}, ScalarType::Int);
   Tensor order_b = torch::stable::new_empty(b, {s.batch, s.m}, ScalarType::Int);
   const auto run = [&](const auto& kernels) {
@@ -226,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> affinity_backward_cpu(const Tensor& grad, con
            "affinity: the gradient must be [", s.batch, ", ", s.n, ", ", s.e, "]");
   KD_CHECK(order_a.is_contiguous() && order_b.is_contiguous(), "affinity: the orders must be contiguous");
   Tensor grad_a = new_gradient(a, need_a), grad_b = new_gradient(b, need_b);
-  Tensor grad_g = new_gradient_of_g(s, g, need_g);
+  Tensor grad_g = new_gradient(g, need_g);
   const auto run = [&](const auto& kernels) {
     backward(kernels, s, grad, a, b, g, static_cast<const int32_t*>(order_a.const_data_ptr()),
              static_cast<const int32_t*>(order_b.const_data_ptr()), need_a ? &grad_a : nullptr,

@@ -8,9 +8,9 @@
 #include <cmath>
 #include <numeric>
 
-#include "common/gradient.h"
 #include "cpu/attention_gradient.h"
 #include "cpu/attention_passes.h"
+#include "cpu/results.h"
 
 namespace kd {
 
@@ -19,7 +19,7 @@ using namespace attention;
 namespace {
 
 Tensor empty(const Tensor& like, std::vector<int64_t> size) {
-  return torch::stable::new_empty(like, size, is_wide(like) ? ScalarType::Double : ScalarType::Float);
+  return new_result(like, size, is_wide(like) ? ScalarType::Double : ScalarType::Float);
 }
 
 // Waking a thread costs as much as some thousand pixels.
@@ -181,7 +181,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_mask_with_gradient_cpu(const Tensor
   check_same(student, teacher, "student and teacher");
   // First of all, so that it finds the memory that the gradient before it had.
   Tensor gradient = new_gradient(student);
-  const HugePagesUntilWritten pages(gradient.data_ptr(), gradient.numel() * gradient.element_size());
   Tensor loss = empty(student, {}), terms = empty(student, {2, 3});
   const Settings settings{temperature,  transfer_weight, masked_weight, softmax_of_sum,
                           channel_mask, with_signed,     false,         false};

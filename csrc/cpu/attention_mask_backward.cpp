@@ -1,8 +1,8 @@
 // The backward of the op attention_mask on the CPU: one pass over the maps, which writes the gradient with
 // all its parts. Formulas: kdfast/reference/attention_mask.py.
 
-#include "common/gradient.h"
 #include "cpu/attention_gradient.h"
+#include "cpu/results.h"
 
 namespace kd {
 
@@ -89,7 +89,6 @@ Tensor attention_mask_backward_cpu(const Tensor& x, std::optional<Tensor> other,
   KD_CHECK(given <= 1 + with_signed, "attention_mask_backward: grad_spatial has ", given,
            " kinds of means, at most ", 1 + with_signed, " are compared");
   Tensor out = new_gradient(x);
-  const HugePagesUntilWritten pages(out.data_ptr(), out.numel() * out.element_size());
   with_accumulator(x, [&](auto zero) {
     using A = decltype(zero);
     const int64_t pixels = x.size(0) * x.size(2) * x.size(3), channels = x.size(0) * x.size(1);

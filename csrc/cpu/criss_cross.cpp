@@ -12,11 +12,11 @@
 #include <memory>
 
 #include "common/dtype.h"
-#include "common/gradient.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/rounding.h"
 #include "cpu/criss_cross_ops.h"
+#include "cpu/results.h"
 
 namespace kd {
 

@@ -11,9 +11,9 @@
 
 #include "common/direction_ops.h"
 #include "common/dtype.h"
-#include "common/huge_pages.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "cpu/results.h"
 
 namespace kd {
 
@@ -245,12 +245,9 @@ void backward(const DirectionKernels<A>& kernels, const Tensor& grad, const Tens
   for_rows(rows, columns, row, kernels.end_streams);
 }
 
-// The layout of empty_like, which the fake promises; kernels write rows whose columns are neighbours.
-Tensor gradient_like(const Tensor& x) {
-  Tensor gradient = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  advise_huge_pages(gradient.data_ptr(), gradient.numel() * static_cast<int64_t>(gradient.element_size()));
-  return gradient;
-}
+// Kernels write rows whose columns are neighbours; laid_out_like gives them the layout that the fake
+// promises.
+Tensor gradient_like(const Tensor& x) { return new_result(x, {x.size(0), x.size(1)}); }
 
 Tensor laid_out_like(const Tensor& x, const Tensor& gradient) {
   if (x.is_contiguous()) return gradient;

@@ -10,13 +10,13 @@
 #include <algorithm>
 
 #include "common/dtype.h"
-#include "common/gradient.h"
-#include "common/huge_buffer.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/rounding.h"
 #include "cpu/dot_product_ops.h"
 #include "cpu/position_tensors.h"
+#include "cpu/results.h"
+#include "cpu/tasks.h"
 
 namespace kd {
 
@@ -71,7 +71,7 @@ struct Pass {
     const int64_t block = std::max(round_up(ceil_div(n, wanted), lanes), lanes);
     const int64_t blocks = ceil_div(n, block), parts = std::clamp<int64_t>(blocks, 1, kParts);
     const int64_t size = e * ld();
-    const HugeBuffer<A> matrices(matrix ? batch * size : 0), partial(sums ? batch * parts * size : 0);
+    const LargeBuffer<A> matrices(matrix ? batch * size : 0), partial(sums ? batch * parts * size : 0);
     if (matrix) {
       const A* from = static_cast<const A*>(matrix->const_data_ptr());
       for (int64_t r = 0; r < batch * e; ++r) std::copy_n(from + r * d, d, matrices.get() + r * ld());

@@ -14,12 +14,12 @@
 #include <vector>
 
 #include "common/dtype.h"
-#include "common/gradient.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/rounding.h"
 #include "cpu/feature_augment_chain.h"
 #include "cpu/feature_augment_ops.h"
+#include "cpu/results.h"
 
 namespace kd {
 

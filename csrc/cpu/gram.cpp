@@ -2,9 +2,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "common/gradient.h"
 #include "cpu/gram_ops.h"
 #include "cpu/gram_run.h"
+#include "cpu/results.h"
 
 namespace kd {
 
@@ -52,7 +52,7 @@ int64_t saved_elements(int64_t n, int64_t dx, int64_t dy, bool inter, bool featu
 namespace {
 
 Tensor empty(const Tensor& like, std::vector<int64_t> size, bool wide) {
-  return torch::stable::new_empty(like, size, wide ? ScalarType::Double : ScalarType::Float);
+  return new_result(like, size, wide ? ScalarType::Double : ScalarType::Float);
 }
 
 bool is_wide(const Tensor& x, const Tensor& y) {

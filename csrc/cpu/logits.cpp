@@ -10,11 +10,11 @@
 #include <vector>
 
 #include "common/dtype.h"
-#include "common/gradient.h"
 #include "common/isa.h"
 #include "common/logits_ops.h"
 #include "common/parallel.h"
 #include "common/rounding.h"
+#include "cpu/results.h"
 
 namespace kd {
 
@@ -288,7 +288,7 @@ std::tuple<Tensor, Tensor> logits_cpu(const Tensor& student, const Tensor& teach
   const bool is_dist = kind == static_cast<int64_t>(LogitsKind::dist);
   const int64_t width = kind < static_cast<int64_t>(LogitsKind::nkd) ? 5 : 7;
   Tensor loss = torch::stable::new_empty(student, {}, dtype);
-  Tensor saved = torch::stable::new_empty(student, {rows * width + (is_dist ? 5 * classes : 0)}, dtype);
+  Tensor saved = new_result(student, {rows * width + (is_dist ? 5 * classes : 0)}, dtype);
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     const Problem<A> p(student, teacher, labels, &saved, kind, alpha, beta, temperature, ignore_index);

@@ -12,10 +12,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/gradient.h"
 #include "common/rounding.h"
 #include "cpu/attention_map.h"
 #include "cpu/masked_error_ops.h"
+#include "cpu/results.h"
 
 namespace kd {
 

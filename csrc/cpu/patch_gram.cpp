@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "common/check.h"
-#include "common/gradient.h"
 #include "cpu/gram_run.h"
 #include "cpu/patch_blocks.h"
+#include "cpu/results.h"
 
 namespace kd {
 namespace {
@@ -26,8 +26,7 @@ constexpr double kMixShare = 0.32;
 
 template <class A>
 Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size) {
-  return torch::stable::new_empty(like, size,
-                                  std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
+  return new_result(like, size, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float);
 }
 
 template <class A>
@@ -53,9 +52,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
   Tensor products = new_empty<A>(x, {terms, 3, groups}), distance = new_empty<A>(x, {terms, groups});
   const bool save = saved_groups > 0;
   Tensor saved = new_empty<A>(x, {saved_groups, save ? blocks.saved_size() : 0});
-  const int64_t saved_bytes = saved.numel() * static_cast<int64_t>(sizeof(A));
-  advise_huge_pages(saved.data_ptr(), saved_bytes);
-  const HugePagesUntilWritten written(saved.data_ptr(), saved_bytes);
   if (blocks.of_planes()) {
     run_forward(blocks.problem(nullptr, nullptr), products, distance, saved);
     return {products, distance, save ? saved : new_empty<A>(x, {0})};
@@ -177,13 +173,9 @@ std::tuple<Tensor, Tensor> patch_gram_backward_cpu(const Tensor& grad_products, 
     // Spatial groups add to rows of the map that they share: in the accumulation type.
     const bool resized = v.size(2) != rows * patch_h || v.size(3) != columns * patch_w;
     const bool adds = spatial && resized && !at_once, apart = adds && v.scalar_type() != sum_type;
-    sums[s] = apart ? torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2), v.size(3)}, sum_type)
-                    : gradients[s];
+    sums[s] = apart ? new_result(v, {v.size(0), v.size(1), v.size(2), v.size(3)}, sum_type) : gradients[s];
     if (adds) torch::stable::zero_(sums[s]);
   }
-  const auto bytes = [](const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); };
-  const HugePagesUntilWritten written_x(gradients[0].data_ptr(), bytes(gradients[0])),
-      written_y(gradients[1].data_ptr(), bytes(gradients[1]));
   Tensor *to_x = need_x ? &sums[0] : nullptr, *to_y = need_y ? &sums[1] : nullptr;
   if (wide) {
     backward<double>(grad_products, grad_distance, x, y, saved, grid, flags, at_once, to_x, to_y);

@@ -4,8 +4,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "common/huge_pages.h"
 #include "cpu/position_map.h"
+#include "cpu/results.h"
 
 namespace kd {
 
@@ -19,9 +19,8 @@ inline PositionMap position_map(const torch::stable::Tensor* t, int64_t image) {
 // [B, channels, n] laid out as the queries are, see the fake.
 inline torch::stable::Tensor new_positions(const torch::stable::Tensor& like, int64_t channels) {
   const bool last = like.stride(1) < like.stride(2);
-  torch::stable::Tensor x = last ? torch::stable::new_empty(like, {like.size(0), like.size(2), channels})
-                                 : torch::stable::new_empty(like, {like.size(0), channels, like.size(2)});
-  advise_huge_pages(x.data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()));
+  torch::stable::Tensor x = last ? new_result(like, {like.size(0), like.size(2), channels})
+                                 : new_result(like, {like.size(0), channels, like.size(2)});
   return last ? torch::stable::transpose(x, 1, 2) : x;
 }
 

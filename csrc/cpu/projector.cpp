@@ -19,6 +19,7 @@
 #include "common/parallel.h"
 #include "common/rounding.h"
 #include "cpu/projector_ops.h"
+#include "cpu/results.h"
 #include "cpu/workspace.h"
 
 namespace kd {
@@ -80,7 +81,7 @@ void for_blocks(const ProjectorInputs& p, const F& f) {
   });
 }
 
-Tensor empty(const Tensor& like, std::vector<int64_t> size) { return torch::stable::new_empty(like, size); }
+Tensor empty(const Tensor& like, std::vector<int64_t> size) { return new_result(like, size); }
 float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
 }  // namespace

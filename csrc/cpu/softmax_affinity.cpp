@@ -11,13 +11,13 @@
 #include <algorithm>
 
 #include "common/dtype.h"
-#include "common/gradient.h"
-#include "common/huge_buffer.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/rounding.h"
 #include "cpu/position_tensors.h"
+#include "cpu/results.h"
 #include "cpu/softmax_affinity_ops.h"
+#include "cpu/tasks.h"
 
 namespace kd {
 
@@ -95,7 +95,7 @@ class Packed {
   A* keys(int64_t image) const { return data_.get() + image * blocks_ * (key_ + value_); }
   A* values(int64_t image) const { return keys(image) + blocks_ * key_; }
   int64_t key_, value_, m_, ranges_, size_, blocks_;
-  HugeBuffer<A> data_;
+  LargeBuffer<A> data_;
 };
 
 // Before tasks that share an image's keys; where each image is one task, it packs its own.
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
     const int64_t size_key = need_key ? s.m * use.ld(s.d) : 0;
     const int64_t size_value = need_value ? s.m * use.ld(s.e) : 0;
     const int64_t step = size_key + size_value, sets = parts / ranges;
-    const HugeBuffer<A> sums(s.batch * sets * step);
+    const LargeBuffer<A> sums(s.batch * sets * step);
     if (s.n == 0) std::fill_n(sums.get(), s.batch * step, A(0));
     const auto collect = [&](int64_t image, int64_t first, int64_t count) {
       A* const own = sums.get() + image * sets * step;
@@ -202,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_affinity_backward_cpu(const Tensor& g
       }
     };
     const int64_t size_query = need_query ? blocks * s.d * use.ld(block) : 0;
-    const HugeBuffer<A> grad_queries(s.batch * parts * size_query);
+    const LargeBuffer<A> grad_queries(s.batch * parts * size_query);
     SoftmaxCall<A> call{};
     call.dtype = dtype, call.d = s.d, call.e = s.e, call.block = block, call.scale = scale;
     const int64_t workers = s.batch * s.n * s.m * (s.d + s.e) / kTask;

@@ -6,29 +6,29 @@
 #include <cstdlib>
 
 #include "common/check.h"
-#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "common/rounding.h"
+#include "cpu/kept_memory.h"
 
 namespace kd {
 
-// Uninitialised workspace, 64-byte aligned; from 4 MB on in huge pages.
+// Uninitialised workspace, 64-byte aligned; a large one in kept memory.
 template <class A>
-class HugeBuffer {
+class LargeBuffer {
  public:
-  explicit HugeBuffer(int64_t count) {
-    constexpr int64_t kPage = 2 << 20;
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(A)), align = bytes < 2 * kPage ? 64 : kPage;
-    data_ = static_cast<A*>(std::aligned_alloc(align, (bytes / align + 1) * align));
+  explicit LargeBuffer(int64_t count) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(A));
+    block_ = KeptMemory::all().take(bytes);
+    data_ = static_cast<A*>(block_.data ? block_.data : std::aligned_alloc(64, (bytes / 64 + 1) * 64));
     KD_CHECK(data_ != nullptr, "out of memory for a workspace of ", bytes, " bytes");
-    if (align == kPage) advise_huge_pages(data_, bytes);
   }
-  ~HugeBuffer() { std::free(data_); }
-  HugeBuffer(const HugeBuffer&) = delete;
-  HugeBuffer& operator=(const HugeBuffer&) = delete;
+  ~LargeBuffer() { block_.data ? KeptMemory::all().give(block_) : std::free(data_); }
+  LargeBuffer(const LargeBuffer&) = delete;
+  LargeBuffer& operator=(const LargeBuffer&) = delete;
   A* get() const { return data_; }
 
  private:
+  KeptMemory::Block block_;
   A* data_;
 };
 
@@ -39,7 +39,7 @@ template <class A, class F>
 void for_tasks(int64_t tasks, int64_t most, int64_t elements, const F& f) {
   const int64_t workers = std::min({num_threads(), tasks, std::max<int64_t>(most, 1)});
   elements = round_up(elements, static_cast<int64_t>(64 / sizeof(A)));
-  const HugeBuffer<A> workspace(workers * elements);
+  const LargeBuffer<A> workspace(workers * elements);
   std::atomic<int64_t> next{0};
   parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
