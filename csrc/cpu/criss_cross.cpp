@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <iterator>
 #include <memory>
+#include <thread>
+#include <vector>
 
 #include "common/dtype.h"
 #include "common/isa.h"
@@ -32,7 +34,6 @@ using torch::stable::Tensor;
 constexpr int64_t kRowsTogether = 4, kColumnsTogether[] = {16, 8, 4}, kShare = 24;
 constexpr int64_t kSmallWorkspace = 64 << 10;  // not worth saving
 constexpr int64_t kTask = 1 << 20;             // multiply-adds for a thread to be worth its start
-constexpr int64_t kManyTasks = 16;             // for each thread: one more or less hardly matters
 constexpr int64_t kGroupBytes = 8 << 20;       // of maps, which fit into a cache with room to spare
 
 template <class A>
@@ -109,45 +110,25 @@ struct Pass {
 
   int64_t tasks() const { return vectors + blocks; }
 
-  // Whether no two tasks write to one line of the cache, nor to a pair of them, as blocks of a few columns
-  // would.
-  bool apart() const { return vectors ? blocks == 0 : !call.column || call.value.line != 1; }
+  // Whether tasks may go to whoever is free: not where many write to one line of the cache, or to a pair of
+  // them, as blocks of a few columns would.
+  bool apart() const { return vectors || !call.column || call.value.line != 1; }
 
-  // Whether threads can share `images` images: all get as much, or nearly so.
-  bool divides(int64_t images, int64_t threads) const {
-    if (!apart()) return false;
-    return images * tasks() >= kManyTasks * threads || images * tasks() % threads == 0;
+  int64_t work() const {  // multiply-adds of a task
+    return ceil_div(call.lines, tasks()) * call.length * call.length * (call.channels + call.values);
   }
 
-  void run(int64_t first_image, int64_t images) const {
+  // Task `task` of an image: lines spread evenly over the blocks.
+  void run(int64_t image, int64_t task, A* workspace) const {
     const CrissCrossKernels<A>& with = kernels<A>();
-    const int64_t lines = ceil_div(call.lines, tasks());
-    const int64_t work = lines * call.length * call.length * (call.channels + call.values);
-    const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(work, 1));
-    std::atomic<int64_t> next{0};
-    parallel_for(0, images * tasks(), grain, [&](int64_t begin, int64_t end) {
-      const size_t whole = round_up(static_cast<size_t>(bytes), size_t{64});
-      const std::unique_ptr<A, decltype(&std::free)> workspace(static_cast<A*>(std::aligned_alloc(64, whole)),
-                                                               &std::free);
-      KD_CHECK(workspace, "criss_cross: out of memory for a workspace of ", whole, " bytes");
-      const auto run_task = [&](int64_t i) {
-        const int64_t image = first_image + i / tasks(), task = i % tasks();
-        if (task < vectors) {
-          const auto pass = is_backward ? with.backward_columns : with.forward_columns;
-          pass(call, image, task * columns, most, workspace.get());
-        } else {  // lines spread evenly over the blocks
-          const auto start = [&](int64_t block) { return rest + block * (call.lines - rest) / blocks; };
-          const int64_t first = start(task - vectors), count = start(task - vectors + 1) - first;
-          const auto pass = is_backward ? with.backward : with.forward;
-          pass(call, image, first, count, workspace.get());
-        }
-      };
-      if (apart()) {  // tasks go to whoever is free
-        for (int64_t i; (i = next.fetch_add(1)) < images * tasks();) run_task(i);
-      } else {
-        for (int64_t i = begin; i < end; ++i) run_task(i);
-      }
-    });
+    if (task < vectors) {
+      const auto pass = is_backward ? with.backward_columns : with.forward_columns;
+      return pass(call, image, task * columns, most, workspace);
+    }
+    const auto start = [&](int64_t block) { return rest + block * (call.lines - rest) / blocks; };
+    const int64_t first = start(task - vectors), count = start(task - vectors + 1) - first;
+    const auto pass = is_backward ? with.backward : with.forward;
+    pass(call, image, first, count, workspace);
   }
 
  private:
@@ -169,22 +150,92 @@ struct Pass {
   }
 };
 
+// A pass over some images; a column pass adds to what the stage before it, the row pass, has written.
+template <class A>
+struct Stage {
+  const Pass<A>& pass;
+  int64_t first_image, images;
+
+  int64_t tasks() const { return images * pass.tasks(); }
+  void run(int64_t task, A* workspace) const {
+    // Neighbours, which may share lines of the cache, do not follow one another.
+    const int64_t i = task / images, even = ceil_div(pass.tasks(), int64_t{2});
+    pass.run(first_image + task % images, i < even ? 2 * i : 2 * (i - even) + 1, workspace);
+  }
+};
+
+template <class A>
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes)
+      : data_(static_cast<A*>(std::aligned_alloc(64, round_up(bytes, int64_t{64}))), &std::free) {
+    KD_CHECK(data_, "criss_cross: out of memory for a workspace of ", bytes, " bytes");
+  }
+  A* get() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<A, decltype(&std::free)> data_;
+};
+
+// Tasks of all stages go, in order, to whoever is free. One of a column pass waits for the rows of its
+// images, which others may have but begun; those who begin a task end it, so nobody waits for ever.
+template <class A>
+void run_in_order(const std::vector<Stage<A>>& stages) {
+  int64_t tasks = 0, work = 0, bytes = 0;
+  for (const Stage<A>& stage : stages) {
+    tasks += stage.tasks(), work += stage.tasks() * stage.pass.work();
+    bytes = std::max(bytes, stage.pass.bytes);
+  }
+  const int64_t workers = std::clamp<int64_t>(work / kTask, 1, std::min(num_threads(), tasks));
+  std::atomic<int64_t> next{0};
+  std::vector<std::atomic<int64_t>> left(stages.size());
+  for (size_t i = 0; i < stages.size(); ++i) left[i] = stages[i].tasks();
+  parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    const Workspace<A> workspace(bytes);
+    size_t stage = 0;
+    int64_t before = 0;  // tasks of earlier stages
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
+      while (task - before >= stages[stage].tasks()) before += stages[stage++].tasks();
+      if (stages[stage].pass.call.column) {
+        while (left[stage - 1] > 0) std::this_thread::yield();
+      }
+      stages[stage].run(task - before, workspace.get());
+      --left[stage];
+    }
+  });
+}
+
+// Each thread gets tasks beside one another.
+template <class A>
+void run_side_by_side(const Stage<A>& stage) {
+  const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(stage.pass.work(), 1));
+  parallel_for(0, stage.tasks(), grain, [&](int64_t begin, int64_t end) {
+    const Workspace<A> workspace(stage.pass.bytes);
+    for (int64_t i = begin; i < end; ++i) {
+      stage.pass.run(stage.first_image + i / stage.pass.tasks(), i % stage.pass.tasks(), workspace.get());
+    }
+  });
+}
+
 // The passes alternate between groups of images, so that the second finds in cache what the first has read
 // and written; the backward begins with the images that the forward had last.
 template <class A>
 void run(const Maps& maps, A* lse, A* delta, bool is_backward) {
   const Pass<A> rows(maps, lse, delta, false, is_backward), columns(maps, lse, delta, true, is_backward);
-  const int64_t images = maps.value->size(0), threads = num_threads();
+  const bool in_order = rows.apart() && columns.apart();
+  const int64_t images = maps.value->size(0);
   const int64_t bytes = maps.value->element_size() * (maps.value->numel() + maps.query->numel()) *
                         (is_backward ? 4 : 2) / images;
-  int64_t group = std::min(images, ceil_div(kGroupBytes, bytes));
-  while (group < images && !(rows.divides(group, threads) && columns.divides(group, threads))) ++group;
+  const int64_t group = in_order ? std::min(images, ceil_div(kGroupBytes, bytes)) : images;
   const int64_t groups = ceil_div(images, group);
+  std::vector<Stage<A>> stages;
   for (int64_t i = 0; i < groups; ++i) {
     const int64_t first = (is_backward ? groups - 1 - i : i) * group, count = std::min(group, images - first);
-    rows.run(first, count);
-    if (maps.value->size(2) > 1) columns.run(first, count);  // of one row, no cell but the own one
+    stages.push_back({rows, first, count});
+    if (maps.value->size(2) > 1) stages.push_back({columns, first, count});  // of one row, no other cell
   }
+  if (in_order) return run_in_order(stages);
+  for (const Stage<A>& stage : stages) run_side_by_side(stage);
 }
 
 // f(A{}) with the type of sums.
