@@ -16,6 +16,7 @@
 #include "cpu/masked_error_ops.h"
 #include "cpu/patch_gram.h"
 #include "cpu/projector_ops.h"
+#include "cpu/results.h"
 #include "cpu/softmax_affinity_ops.h"
 #ifdef KD_WITH_CUDA
 #include "cuda/attention_mask_ops.h"
@@ -53,6 +54,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   m.impl("patch_gram_backward", TORCH_BOX(&kd::patch_gram_backward_cpu));
   m.impl("projector", TORCH_BOX(&kd::projector_cpu));
   m.impl("projector_backward", TORCH_BOX(&kd::projector_backward_cpu));
+  m.impl("result", TORCH_BOX(&kd::result_cpu));
   m.impl("softmax_affinity", TORCH_BOX(&kd::softmax_affinity_cpu));
   m.impl("softmax_affinity_backward", TORCH_BOX(&kd::softmax_affinity_backward_cpu));
 }

@@ -38,6 +38,46 @@ def test_is_the_convolution(shape, dtype):
         torch.testing.assert_close(a, b.to(dtype))
 
 
+def inputs_of(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    shapes = ((2, 5, 3, 4), (6, 5, 1, 1), (6,))
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def test_second_derivatives():
+    assert torch.autograd.gradcheck(pointwise, inputs_of())
+    assert torch.autograd.gradgradcheck(pointwise, inputs_of())
+
+
+@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_gradients_of_some(needed, strided):
+    inputs = inputs_of()
+    for v, need in zip(inputs, needed, strict=True):
+        v.requires_grad_(bool(need))
+    wanted = [v for v in inputs if v.requires_grad]
+    grad = (
+        torch.randn(2, 6, 4, 3).double().transpose(2, 3)
+        if strided
+        else torch.ones(()).double().expand(2, 6, 3, 4)
+    )
+    found = torch.autograd.grad(pointwise(*inputs), wanted, grad)
+    torch.testing.assert_close(found, torch.autograd.grad(conv2d(*inputs), wanted, grad))
+
+
+def test_transforms_and_compile_see_plain_products():
+    x, weight, bias = (v.detach() for v in inputs_of())
+    call = lambda w: pointwise(x, w, bias).square().sum()  # noqa: E731
+    expected = torch.func.grad(lambda w: conv2d(x, w, bias).square().sum())(weight)
+    torch.testing.assert_close(torch.func.grad(call)(weight), expected)
+    torch.testing.assert_close(
+        torch.vmap(lambda v: pointwise(v, weight, bias))(x[None])[0], conv2d(x, weight, bias)
+    )
+    compiled = torch.compile(pointwise, fullgraph=True, backend="aot_eager")
+    inputs = inputs_of()
+    found = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+    torch.testing.assert_close(found, torch.autograd.grad(conv2d(*inputs).sum(), inputs))
+
+
 def test_other_maps_are_convolved():
     layer = nn.Conv2d(5, 6, 1)
     x = torch.randn(2, 5, 7, 9)

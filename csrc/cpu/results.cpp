@@ -1,8 +1,10 @@
 #include "cpu/results.h"
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
 
+#include "common/check.h"
 #include "cpu/kept_memory.h"
 
 namespace kd {
@@ -60,6 +62,11 @@ Tensor new_result(const Tensor& like, const Axes& sizes, std::optional<ScalarTyp
       return *found;
   }
   return torch::stable::new_empty(like, sizes, type);
+}
+
+Tensor result_cpu(const Tensor& like, Axes size) {
+  for (const int64_t n : size) KD_CHECK(n >= 0, "result: size has a negative entry, ", n);
+  return new_result(like, size);
 }
 
 Tensor new_gradient(const Tensor& x, bool needed) {

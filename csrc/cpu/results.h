@@ -20,4 +20,7 @@ torch::stable::Tensor new_result(const torch::stable::Tensor& like, const std::v
 // is needed.
 torch::stable::Tensor new_gradient(const torch::stable::Tensor& x, bool needed = true);
 
+// Op of kdfast/ops/result.py.
+torch::stable::Tensor result_cpu(const torch::stable::Tensor& like, std::vector<int64_t> size);
+
 }  // namespace kd
