@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._common import Loss, check_integers, check_pair, describe
-from .features import wide
+from ..reference._common import autocast_device
+from ._common import Loss, check_integers, check_pair, describe, wide
 
 
 class CRDLoss(Loss):
@@ -97,19 +97,19 @@ class CRDLoss(Loss):
                 f"negatives: need [{rows}, n] with n >= 1 on the device of index, got {describe(negatives)}, "
                 f"index {describe(index)}"
             )
-        with torch.autocast(student.device.type, enabled=False):
-            s = F.normalize(self.embed_student(wide(student.flatten(1))), dim=1)
-            t = F.normalize(self.embed_teacher(wide(teacher.flatten(1))), dim=1)
+        with torch.autocast(autocast_device(student), enabled=False):
+            s = F.normalize(_linear(self.embed_student, student), dim=1)
+            t = F.normalize(_linear(self.embed_teacher, teacher), dim=1)
             chosen = torch.cat([index[:, None], negatives], 1)  # [B, 1 + n], the positive first
             # The student is compared with the teacher's memory, and the other way round.
             scores = torch.stack([self._scores(s, 1, chosen), self._scores(t, 0, chosen)])  # [2, B, 1 + n]
             loss = self._contrast(scores)
         if self.training:
             self._update(torch.stack([s, t]).detach(), index)
-        return self.weight * loss
+        return self.weight * loss.float()
 
     def _scores(self, v: Tensor, side: int, chosen: Tensor) -> Tensor:
-        return torch.einsum("bd,bnd->bn", v, self.memory[side][chosen]) / self.temperature
+        return torch.einsum("bd,bnd->bn", v, self.memory[side][chosen].to(v)) / self.temperature
 
     def _contrast(self, scores: Tensor) -> Tensor:
         first = scores.detach().flatten(1)
@@ -139,6 +139,12 @@ class CRDLoss(Loss):
             embeddings, index = torch.cat(gathered, 1), torch.cat(indices)
         mixed = torch.lerp(embeddings.to(self.memory), self.memory[:, index], self.momentum)
         self.memory[:, index] = F.normalize(mixed, dim=2)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Of x [B, ...], in float32 at least, whatever the types of x and of the layer."""
+    x = wide(x.flatten(1))
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 def _distributed() -> bool:

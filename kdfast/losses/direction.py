@@ -11,8 +11,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..class_means import ClassMeans
 from ..ops.direction import direction
 from ..ops.projector import projector, supports
+from ..reference._common import autocast_device
 from ..reference.direction import norm
-from ._common import Loss, check_choice, check_float, check_pair, describe
+from ._common import Loss, check_choice, check_float, check_pair, describe, wide
 
 Reduction = Literal["mean", "class_balanced"]
 REDUCTIONS = ("mean", "class_balanced")
@@ -168,7 +169,7 @@ class DirectionNormLoss(_ClassMeansLoss):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             weight=self.weight,
-        )
+        ).float()
 
 
 class DirectionLoss(_ClassMeansLoss):
@@ -224,14 +225,14 @@ class DirectionLoss(_ClassMeansLoss):
                 ignore_index=self.ignore_index,
                 balanced=balanced,
                 weight=self.weight,
-            )
+            ).float()
         if labels is None:
             raise ValueError("labels: kind='infonce' needs labels [B], got a centre per sample")
-        return self.weight * self._infonce(student, centers, labels, balanced)
+        return self.weight * self._infonce(student, centers, labels, balanced).float()
 
     def _infonce(self, student: Tensor, centers: Tensor, labels: Tensor, balanced: bool) -> Tensor:
         dtype = torch.float64 if torch.float64 in (student.dtype, centers.dtype) else torch.float32
-        with torch.autocast(student.device.type, enabled=False):
+        with torch.autocast(autocast_device(student), enabled=False):
             s, c = student.to(dtype), centers.to(dtype)
             known = norm(c) != 0  # [K]
             cosines = nn.functional.normalize(s, dim=1) @ nn.functional.normalize(c, dim=1).T  # [B, K]
@@ -285,19 +286,15 @@ class NormLoss(Loss):
                     f"teacher: kind='l2' needs the student's shape {describe(student)}, got {describe(teacher)}"
                 )
             check_pair(student, teacher)
-            return self.weight * (_wide(student) - _wide(teacher)).square().sum() / rows
-        norms = norm(_wide(student))  # [B]
+            return self.weight * ((wide(student) - wide(teacher)).square().sum() / rows).float()
+        norms = norm(wide(student))  # [B]
         if previous_norms is None:
             previous_norms = norms.detach()
         elif not isinstance(previous_norms, Tensor) or previous_norms.shape != norms.shape:
             raise ValueError(
                 f"previous_norms: need a tensor {list(norms.shape)}, one per sample, got {describe(previous_norms)}"
             )
-        return self.weight * (norms - (previous_norms + self.step)).square().sum() / rows
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+        return self.weight * ((norms - (previous_norms + self.step)).square().sum() / rows).float()
 
 
 class EmbeddingProjector(nn.Sequential):
