@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops.attention_mask import attention_mask, attention_pool, masked_distance
 from ..reference.attention_mask import mask
 from ._common import Levels, Loss, check_choice, check_pair, describe, levels, total
-from ._pointwise import pointwise_layer
+from ._pointwise import in_its_type, pointwise_layer
 
 Mask = Literal["mean_of_softmax", "softmax_of_sum"]
 Pooling = Literal["abs", "signed"]
@@ -221,8 +221,8 @@ class AttentionGuidedLoss(Loss):
             pooled = [attention_pool(v, signed=settings["signed"]) for v in (student, teacher)]
             spatial, channel = ([p[i][-1] for p in pooled] for i in (0, 1))
         transfers = [
-            torch.dist(layer.spatial(spatial[0]), spatial[1]),
-            torch.dist(layer.channel(channel[0]), channel[1]),
+            torch.dist(in_its_type(layer.spatial, spatial[0]), spatial[1]),
+            torch.dist(in_its_type(layer.channel, channel[0]), channel[1]),
         ]
         loss = masked + self.transfer_weight * (transfers[0] + transfers[1])
         return loss, [*(v.detach() for v in transfers), distances[2]]
