@@ -29,6 +29,11 @@ def describe(x: object) -> str:
     return type(x).__name__
 
 
+def wide(x: Tensor) -> Tensor:
+    """float32, or float64 where it is: squares of half precision leave its range."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def check_float(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: need a tensor, got {describe(x)}")

@@ -9,12 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.gram import gram
-from ._common import Levels, Loss, check_float, check_pair, describe, levels, total
-
-
-def wide(x: Tensor) -> Tensor:
-    """float32, or float64 where it is: squares of half precision leave its range."""
-    return x if x.dtype == torch.float64 else x.float()
+from ._common import Levels, Loss, check_float, check_pair, describe, levels, total, wide
 
 
 def check_maps(student: Tensor, teacher: Tensor) -> None:
@@ -124,7 +119,7 @@ class FitNetLoss(Loss):
             check_pair(s, t)
             check_same_shape(s, t, "give student_shape and teacher_shape for an adapter")
             terms.append(F.mse_loss(wide(s), wide(t)))
-        return self.weight * total(terms)
+        return self.weight * total(terms).float()
 
 
 def attention_map(x: Tensor, p: float, *, signed: bool = False) -> Tensor:
@@ -165,7 +160,10 @@ class AttentionTransferLoss(Loss):
         self.p = p
 
     def forward(self, student: Levels, teacher: Levels) -> Tensor:
-        return self.weight * total([attention_transfer(s, t, self.p) for s, t in levels(student, teacher)])
+        return (
+            self.weight
+            * total([attention_transfer(s, t, self.p) for s, t in levels(student, teacher)]).float()
+        )
 
 
 class ICKDLoss(Loss):
@@ -210,7 +208,7 @@ class ICKDLoss(Loss):
             views = (v[:, :, None, :, :, None] for v in (s, t))  # [B, C, 1, H, W, 1]: rows are channels
             _, distance = gram(*views, compare="row_cosine", centered=False)  # sums of squares / C²
             terms.append(s.shape[1] * distance.float().mean())
-        return self.weight * total(terms)
+        return self.weight * total(terms).float()
 
 
 def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
@@ -272,7 +270,7 @@ class FGFILoss(Loss):
         difference = torch.where(mask[:, None] != 0, wide(teacher) - wide(student), 0)
         square = difference.square().sum(1)  # [B, H, W]
         count = mask.sum()
-        return self.weight * (mask * square).sum() / torch.where(count > 0, 2 * count, 1)
+        return self.weight * ((mask * square).sum() / torch.where(count > 0, 2 * count, 1)).float()
 
 
 def imitation_mask(anchors: Tensor, boxes: Tensor, *, threshold: float = 0.5) -> Tensor:

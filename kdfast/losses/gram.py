@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.gram import gram, gram_distance, transposed, view
 from ..ops.patch_gram import patch_gram, row_inter_distance
-from ._common import Levels, Loss, check_choice, check_float, check_pair, describe, levels, total
+from ._common import Levels, Loss, check_choice, check_float, check_pair, describe, levels, total, wide
 from ._patches import Average, PatchSize, Resize, check_maps, check_patches, grid_of
 
 RowNorm = Literal["none", "row", "cosine"]
@@ -176,8 +176,8 @@ class LogitCKALoss(Loss):
                 f"teacher {describe(teacher)}; set inter_weight=0 to compare samples only"
             )
         if self.temperature is not None:
-            student = torch.softmax(student.float() / self.temperature, dim=1)
-            teacher = torch.softmax(teacher.float() / self.temperature, dim=1)
+            student = torch.softmax(wide(student) / self.temperature, dim=1)
+            teacher = torch.softmax(wide(teacher) / self.temperature, dim=1)
         return pair_distance(
             student,
             teacher,

@@ -97,4 +97,4 @@ class ReviewKDLoss(Loss):
             s, t = (v[:, :, None, None] if v.dim() == 2 else v for v in (s, t))
             out, above = fusion(s, above, t.shape[2:])
             terms.append(hierarchical_context(out, t))
-        return self.weight * total(terms)
+        return self.weight * total(terms).float()

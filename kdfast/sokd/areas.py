@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..losses._common import Loss, check_choice, check_float, describe
-from ..losses.features import check_maps, check_same_shape, wide
+from ..losses._common import Loss, check_choice, check_float, describe, wide
+from ..losses.features import check_maps, check_same_shape
 from ..ops.masked_error import area_mask, masked_error
 from ..reference.masked_error import MULTIPLICITIES
 

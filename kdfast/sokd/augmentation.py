@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..losses._common import Levels, check_choice, check_float, levels, total
-from ..losses.features import check_same_shape, wide
+from ..losses._common import Levels, check_choice, check_float, levels, total, wide
+from ..losses.features import check_same_shape
 from ..ops.feature_augment import feature_augment
 from ..reference.feature_augment import plan
 from ._estimator import choose, straight_through, valued

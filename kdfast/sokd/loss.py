@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..losses._common import Levels, Loss, check_choice, levels, total
+from ..losses._common import Levels, Loss, check_choice, levels, total, wide
 from ..losses.crd import CRDLoss
-from ..losses.features import AttentionTransferLoss, ConvAdapter, wide
+from ..losses.features import AttentionTransferLoss, ConvAdapter
 from ..losses.review import ReviewKDLoss
 from .areas import DistinctiveAreas, Multiplicity
 from .augmentation import FeatureAugmentation
