@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import io
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint

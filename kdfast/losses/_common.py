@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..reference._common import autocast_device
+
 Levels = Tensor | Sequence[Tensor]
 
 
@@ -61,6 +63,19 @@ def check_pair(student: Tensor, teacher: Tensor, min_dim: int = 2) -> None:
     raise ValueError(
         f"student and teacher {problem}, got student {describe(student)}, teacher {describe(teacher)}"
     )
+
+
+def check_fits(name: str, x: Tensor, weight: Tensor) -> None:
+    """x is on the device of a module's layers and in their type; autocast makes types agree."""
+    if x.device != weight.device:
+        raise ValueError(
+            f"{name}: need a tensor on {weight.device}, where this module's layers are, got {describe(x)}"
+        )
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(autocast_device(x)):
+        raise ValueError(
+            f"{name}: need {str(weight.dtype).removeprefix('torch.')}, the type of this module's layers, got "
+            f"{describe(x)}; convert one of them, or use autocast"
+        )
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from ..ops.direction import direction
 from ..ops.projector import projector, supports
 from ..reference._common import autocast_device
 from ..reference.direction import norm
-from ._common import Loss, check_choice, check_float, check_pair, describe, wide
+from ._common import Loss, check_choice, check_fits, check_float, check_pair, describe, wide
 
 Reduction = Literal["mean", "class_balanced"]
 REDUCTIONS = ("mean", "class_balanced")
@@ -309,7 +309,7 @@ class EmbeddingProjector(nn.Sequential):
     and parameters.
 
     Raises:
-        ValueError: an unknown ``init``.
+        ValueError, TypeError: an unknown ``init``; an input of another shape, type or device.
 
     Source: Wang et al., KD++, and its published code.
     """
@@ -330,8 +330,13 @@ class EmbeddingProjector(nn.Sequential):
         else:
             nn.init.zeros_(linear.bias)
         super().__init__(nn.BatchNorm1d(in_dim), nn.Dropout(dropout), linear)
+        self.in_dim = in_dim
 
     def forward(self, input: Tensor) -> Tensor:
+        check_float("input", input)
+        if input.dim() != 2 or input.shape[1] != self.in_dim:
+            raise ValueError(f"input: need [B, {self.in_dim}], got {describe(input)}")
+        check_fits("input", input, self[2].weight)
         found = None if torch.compiler.is_compiling() else self._in_one_op(input)
         return super().forward(input) if found is None else found
 

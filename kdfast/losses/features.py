@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.gram import gram
-from ._common import Levels, Loss, check_float, check_pair, describe, levels, total, wide
+from ._common import Levels, Loss, check_fits, check_float, check_pair, describe, levels, total, wide
 
 
 def check_maps(student: Tensor, teacher: Tensor) -> None:
@@ -84,9 +84,34 @@ def _adapted(adapters: nn.ModuleList, pairs: list[tuple[Tensor, Tensor]]) -> lis
         raise ValueError(f"student: need {len(adapters)} levels, one per adapter, got {len(pairs)}")
     for adapt, (s, t) in zip(adapters, pairs, strict=True):
         check_maps(s, t)
-        if s.shape[1] != adapt[0].in_channels:
-            raise ValueError(f"student: need maps [B, {adapt[0].in_channels}, H, W], got {describe(s)}")
+        check_adapter(adapt, s, t)
     return [(adapt(s), t) for adapt, (s, t) in zip(adapters, pairs, strict=True)]
+
+
+def check_adapter(adapt: nn.Sequential, student: Tensor, teacher: Tensor) -> None:
+    """Raise before a batch norm counts a map that does not fit its adapter, or becomes none of the teacher's shape."""
+    conv = adapt[0]
+    if student.shape[1] != conv.in_channels:
+        raise ValueError(f"student: need maps [B, {conv.in_channels}, H, W], got {describe(student)}")
+    check_fits("student", student, conv.weight)
+    size = tuple(
+        (n - 1) * stride - 2 * padding + kernel
+        if isinstance(conv, nn.ConvTranspose2d)
+        else (n + 2 * padding - kernel) // stride + 1
+        for n, kernel, stride, padding in zip(
+            student.shape[2:], conv.kernel_size, conv.stride, conv.padding, strict=True
+        )
+    )
+    sized = isinstance(adapt, ConvAdapter) or conv.kernel_size != (
+        1,
+        1,
+    )  # ICKD compares maps of different sizes
+    if teacher.shape[1] != conv.out_channels or (sized and teacher.shape[2:] != size):
+        need = ", ".join(map(str, size)) if sized else "H, W"
+        raise ValueError(
+            f"student and teacher: the adapter makes [B, {conv.out_channels}, {need}] of student {describe(student)}, "
+            f"got teacher {describe(teacher)}"
+        )
 
 
 class FitNetLoss(Loss):
