@@ -148,3 +148,27 @@ def test_checkpoint_with_gradients_through_masks():
     truth = torch.autograd.grad(loss(s, t), (s, t))
     found = torch.autograd.grad(checkpoint(loss, s, t, use_reentrant=False), (s, t))
     torch.testing.assert_close(found, truth)
+
+
+def batch(values, size):
+    return [batch(v, size) for v in values] if isinstance(values, list) else values[:size]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_empty_batch(name, backend):
+    """A detector's step may have no proposals: a value that is finite, gradients that are zeros, or a named refusal."""
+    loss, inputs = made(name)
+    loss.eval()
+    inputs = inputs_to(batch(inputs, 0), torch.float32)
+    with kdfast.use_backend(backend):
+        if name in ("pcka", "patch kd", "patch at", "patch dist", "mimic"):
+            with pytest.raises(ValueError, match="must not be empty"):
+                call(loss, inputs)
+            return
+        value = call(loss, inputs)
+        assert value.isfinite() and value >= 0
+        if value.requires_grad:
+            value.backward()
+    for x in flat(inputs):
+        assert x.grad is None or x.grad.shape == x.shape

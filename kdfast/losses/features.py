@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.gram import gram
-from ._common import Levels, Loss, check_fits, check_float, check_pair, describe, levels, total, wide
+from ._common import Levels, Loss, check_fits, check_float, check_pair, describe, levels, nothing, total, wide
 
 
 def check_maps(student: Tensor, teacher: Tensor) -> None:
@@ -143,7 +143,7 @@ class FitNetLoss(Loss):
         for s, t in _adapted(self.adapters, levels(student, teacher)):
             check_pair(s, t)
             check_same_shape(s, t, "give student_shape and teacher_shape for an adapter")
-            terms.append(F.mse_loss(wide(s), wide(t)))
+            terms.append(F.mse_loss(wide(s), wide(t)) if s.numel() else nothing(s, t))
         return self.weight * total(terms).float()
 
 
@@ -161,6 +161,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, p: float, *, signed: bo
     elif student.shape[2] < teacher.shape[2]:
         teacher = F.adaptive_avg_pool2d(teacher, student.shape[2:])
     check_same_shape(student[:, 0], teacher[:, 0], "heights and widths must have one ratio")
+    if student.shape[0] == 0:
+        return nothing(student, teacher)
     s, t = (attention_map(v, p, signed=signed) for v in (student, teacher))
     return (s - t).square().mean()
 
@@ -230,6 +232,9 @@ class ICKDLoss(Loss):
                     f"student_channels: need the teacher's {t.shape[1]} channels, got {s.shape[1]}; "
                     f"give student_channels and teacher_channels for an embedding"
                 )
+            if s.shape[0] == 0:
+                terms.append(nothing(s, t))
+                continue
             views = (v[:, :, None, :, :, None] for v in (s, t))  # [B, C, 1, H, W, 1]: rows are channels
             _, distance = gram(*views, compare="row_cosine", centered=False)  # sums of squares / C²
             terms.append(s.shape[1] * distance.float().mean())
@@ -244,6 +249,8 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
     """
     check_pair(student, teacher)
     check_same_shape(student, teacher, "the hierarchical context loss compares maps of one shape")
+    if student.shape[0] == 0:
+        return nothing(student, teacher)
     difference = wide(student) - wide(teacher)
     loss, weight, weights = difference.square().mean(), 1.0, 1.0
     if difference.dim() == 4:
