@@ -9,7 +9,18 @@ from torch import Tensor
 
 from ..ops.gram import gram, gram_distance, transposed, view
 from ..ops.patch_gram import patch_gram, row_inter_distance
-from ._common import Levels, Loss, check_choice, check_float, check_pair, describe, levels, nothing, total, wide
+from ._common import (
+    Levels,
+    Loss,
+    check_choice,
+    check_float,
+    check_pair,
+    describe,
+    levels,
+    nothing,
+    total,
+    wide,
+)
 from ._patches import Average, PatchSize, Resize, check_maps, check_patches, grid_of
 
 RowNorm = Literal["none", "row", "cosine"]
