@@ -12,6 +12,7 @@ from kdfast import (
     CKALoss,
     ClassMeans,
     CRDLoss,
+    DirectionLoss,
     DKDLoss,
     EmbeddingProjector,
     FGFILoss,
@@ -56,6 +57,7 @@ CASES = {
     "crd rows": (lambda: crd(INDEX, INDEX[:3, None]), ValueError, r"negatives: need \[4, n\].*\[3, 1\]"),
     "crd none": (lambda: crd(INDEX, INDEX[:, None][:, :0]), ValueError, r"n >= 1.*\[4, 0\]"),
     "crd device": (lambda: crd(INDEX, INDEX[:, None].to("meta")), ValueError, "the device of index.*meta.*cpu"),
+    "direction without labels": (lambda: DirectionLoss(X)(X, X), TypeError, r"labels: need integers.*\[4, 6\] float32"),
     "norm list": (lambda: NormLoss()(X, [1]), ValueError, "teacher: kind='l2' needs .*got list"),
     "norm previous": (
         lambda: NormLoss("sifn")(X, previous_norms=1.0), ValueError, r"previous_norms: need a tensor \[4\].*float"

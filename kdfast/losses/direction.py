@@ -210,7 +210,12 @@ class DirectionLoss(_ClassMeansLoss):
         self.reduction, self.ignore_index = reduction, ignore_index
 
     def forward(self, student: Tensor, teacher: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        labels = teacher if labels is None else labels
+        if labels is None:
+            if self.class_means is not None and isinstance(teacher, Tensor) and teacher.is_floating_point():
+                raise TypeError(
+                    f"labels: need integers [B] for the class means kept here, got {describe(teacher)}"
+                )
+            labels = teacher
         check_float("student", student)
         if student.dim() != 2:
             raise ValueError(f"student: need [B, D], got {describe(student)}")

@@ -284,7 +284,7 @@ class _GramLoss(Loss):
         terms = []
         for s, t in levels(student, teacher):
             check_pair(s, t)
-            if s.shape[0] == 0:
+            if s.shape[0] == 0 and compare != "cka":  # 1 - CKA of nothing is 1, as of one sample
                 terms.append(nothing(s, t))
                 continue
             terms.append(gram_distance(s, t, compare=compare, centered=False, weight=self.weight).float())
