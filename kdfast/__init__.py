@@ -1,6 +1,9 @@
 """kdfast: fast, exact knowledge-distillation losses."""
 
+import importlib
 import warnings
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from . import _extension
 
@@ -45,6 +48,9 @@ from .losses.pcka import MimicLoss, PatchLoss, PCKALoss
 from .losses.review import ReviewKDLoss
 from .losses.structured import StructuredKDLoss
 
+if TYPE_CHECKING:
+    from . import compat, recipes
+
 __all__ = [
     "AttentionGuidedLoss",
     "AttentionTransferLoss",
@@ -76,6 +82,7 @@ __all__ = [
     "SimilarityPreservingLoss",
     "StructuredKDLoss",
     "attention_masks",
+    "compat",
     "compute_class_means",
     "concatenation_affinity",
     "criss_cross_attention",
@@ -85,7 +92,19 @@ __all__ = [
     "imitation_mask",
     "info",
     "linear_cka",
+    "recipes",
     "softmax_affinity",
     "sokd",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``kdfast.compat`` and ``kdfast.recipes``, imported when they are first used."""
+    if name in ("compat", "recipes"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -54,7 +54,12 @@ class ClassMeans:
             raise TypeError(f"features: need a float tensor [B, {self.dim}], got {_describe(features)}")
         if features.dim() != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features: need [B, {self.dim}], got {_describe(features)}")
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        if (
+            not isinstance(labels, Tensor)
+            or labels.is_floating_point()
+            or labels.dtype.is_complex
+            or labels.dtype == torch.bool
+        ):
             raise TypeError(f"labels: need an integer tensor [B], got {_describe(labels)}")
         if labels.shape != features.shape[:1]:
             raise ValueError(f"labels: need [{features.shape[0]}], one per row, got {_describe(labels)}")

@@ -16,6 +16,8 @@ from .class_means import ClassMeans
 from .losses._common import plus
 from .losses.direction import DirectionNormLoss, direction_norm_loss
 
+__all__ = ["RECIPES", "PlusPlusLoss", "Recipe", "plus_plus"]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -155,7 +157,7 @@ class PlusPlusLoss(nn.Module):
         nd = self.recipe.nd * (warm if self.recipe.warm_nd else 1.0)
         dino = direction_norm_loss(
             student_embedding, teacher_embedding, self.direction.class_means, labels, weight=nd
-        )
+        ).float()
         kd = (1.0 if self.recipe.kd is None else self.recipe.kd) * warm
         found = plus(dino, kd, self.base(*base_inputs))
         if self.ce_weight == 0:

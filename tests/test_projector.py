@@ -161,7 +161,7 @@ def test_what_the_kernel_does_not_take():
         assert same(projector, layers, torch.randn(12, 16)) == []
     with pytest.raises(ValueError, match="more than 1 value"):
         projector(torch.randn(1, 16))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"input: need \[B, 16\], got \[12, 32\]"):
         projector(torch.randn(12, 32))
 
 

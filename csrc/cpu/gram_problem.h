@@ -286,7 +286,8 @@ class GramProblem {
   }
 
   int64_t chunk_size(int64_t padded_rows, const TileSource<A>& v) const {
-    const int64_t fit = kTileBytes / (padded_rows * static_cast<int64_t>(sizeof(A))) / k_.lanes * k_.lanes;
+    const int64_t row = std::max<int64_t>(padded_rows, 1) * static_cast<int64_t>(sizeof(A));  // 0 of no samples
+    const int64_t fit = kTileBytes / row / k_.lanes * k_.lanes;
     const bool splits = groups_ < kManyGroups && allowed_splits() > 1;
     const int64_t share = splits ? round_up(ceil_div(v.features, kTasks), k_.lanes) : kMaxChunk;
     const int64_t wanted =

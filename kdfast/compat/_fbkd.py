@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..losses._common import wide
+from ..losses._pointwise import in_its_type
 from ..losses.attention import attention_parts, masked_feature_distance
 from ..losses.non_local import relation_distance
 from .mmcv import NonLocal2d
@@ -51,8 +53,8 @@ class FBKDLoss(nn.Module):
         t_mask, _, t_spatial, t_relation, t_map = t_input
         masked = masked_feature_distance(s_map, t_map, (s_mask + t_mask) / 2)
         loss = self.mask_l2_weight * masked
-        loss = loss + self.channel_weight * torch.dist(t_map.mean((2, 3)), s_channel)
-        loss = loss + self.spatial_weight * torch.dist(t_spatial, s_spatial)
+        loss = loss + self.channel_weight * torch.dist(wide(t_map.mean((2, 3))), wide(s_channel))
+        loss = loss + self.spatial_weight * torch.dist(wide(t_spatial), wide(s_spatial))
         loss = loss + self.nonloacl_weight * relation_distance(s_relation, t_relation)
         return self.loss_weight * loss
 
@@ -88,8 +90,8 @@ class StudentAttention(TeacherAttention):
         return (
             spatial_mask,
             channel_mask,
-            self.channel_wise_adaptation(channel),
-            self.spatial_wise_adaptation(spatial),
+            in_its_type(self.channel_wise_adaptation, channel),
+            in_its_type(self.spatial_wise_adaptation, spatial),
             self.adaptation_layers(x),
         )
 

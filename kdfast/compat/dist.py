@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from ..losses.logits import DISTLoss
 
+__all__ = ["DIST"]
+
 
 class DIST(nn.Module):
     """``beta`` inter + ``gamma`` intra of logits [B, K], temperature 1."""

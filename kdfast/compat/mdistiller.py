@@ -11,6 +11,8 @@ from ..losses.features import attention_transfer, hierarchical_context
 from ..losses.gram import SimilarityPreservingLoss
 from ..losses.logits import DKDLoss, KDLoss
 
+__all__ = ["at_loss", "dkd_loss", "hcl_loss", "kd_loss", "sp_loss"]
+
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
     """T² KL(teacher ‖ student) of logits [B, K], mean over the batch."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, kl_div, log_softmax
 
-from ..losses._common import check_pair
+from ..losses._common import check_pair, wide
 from ..losses._patches import grid_of, view
 from ..losses.gram import LogitCKALoss
 from ..losses.pcka import PCKALoss
@@ -63,8 +63,8 @@ class _Published(nn.Module):
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """KL over axis 1, summed, divided by the size of axis 0; the teacher is detached."""
-        target = log_softmax(teacher.detach().float() / self.temperature, 1)
-        found = log_softmax(student.float() / self.temperature, 1)
+        target = log_softmax(wide(teacher.detach()) / self.temperature, 1)
+        found = log_softmax(wide(student) / self.temperature, 1)
         return self.temperature**2 * kl_div(found, target, reduction="batchmean", log_target=True)
 
 
@@ -168,13 +168,13 @@ class CKA_Yolo(_Published):
                 f"student_logits and teacher_logits need equally many channels, and {self.groups} where H <= 20, "
                 f"got {list(student_logits.shape)} and {list(teacher_logits.shape)}"
             )
-        student, teacher = student_logits.float(), teacher_logits.float()
+        student, teacher = wide(student_logits), wide(teacher_logits)
         if height > 20:
             nn.Conv2d(channels, self.groups, 4, stride=2, bias=False)  # its weights are replaced there
             noise = torch.randn(channels, self.groups, 4, 4) * 0.25
-            kernel = noise.view(self.groups, channels, 4, 4).to(student.device)
+            kernel = noise.view(self.groups, channels, 4, 4).to(student)
             student, teacher = (conv2d(v, kernel, stride=2) for v in (student, teacher))
-        mixture = nn.Conv2d(student.shape[0], 1, 1).to(student.device).requires_grad_(False)
+        mixture = nn.Conv2d(student.shape[0], 1, 1).to(student).requires_grad_(False)
         # The mixture of images and the resize commute: one image is resized instead of all.
         student, teacher = (
             mixture(v[:, : self.groups].transpose(0, 1)).transpose(0, 1) for v in (student, teacher)

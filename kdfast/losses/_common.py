@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..reference._common import autocast_device
+
 Levels = Tensor | Sequence[Tensor]
 
 
@@ -27,6 +29,11 @@ def describe(x: object) -> str:
     if isinstance(x, Tensor):
         return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
     return type(x).__name__
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32, or float64 where it is: squares of half precision leave its range."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def check_float(name: str, x: Tensor) -> None:
@@ -58,6 +65,19 @@ def check_pair(student: Tensor, teacher: Tensor, min_dim: int = 2) -> None:
     )
 
 
+def check_fits(name: str, x: Tensor, weight: Tensor) -> None:
+    """x is on the device of a module's layers and in their type; autocast makes types agree."""
+    if x.device != weight.device:
+        raise ValueError(
+            f"{name}: need a tensor on {weight.device}, where this module's layers are, got {describe(x)}"
+        )
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(autocast_device(x)):
+        raise ValueError(
+            f"{name}: need {str(weight.dtype).removeprefix('torch.')}, the type of this module's layers, got "
+            f"{describe(x)}; convert one of them, or use autocast"
+        )
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, need one of {tuple(choices)}")
@@ -80,6 +100,11 @@ def levels(student: Levels, teacher: Levels) -> list[tuple[Tensor, Tensor]]:
             f"student and teacher need equally many levels, at least one: got {len(student)} and {len(teacher)}"
         )
     return list(zip(student, teacher, strict=True))
+
+
+def nothing(student: Tensor, teacher: Tensor) -> Tensor:
+    """The loss of an empty batch, where a mean is NaN: a float32 0 on the graph of both."""
+    return student.flatten()[:0].sum(dtype=torch.float32) + teacher.flatten()[:0].sum(dtype=torch.float32)
 
 
 def total(terms: list[Tensor]) -> Tensor:

@@ -72,3 +72,8 @@ def pointwise_layer(layer: nn.Module, x: Tensor) -> Tensor:
     if plain and not hooks and layer.padding in (0, (0, 0)) and layer.stride == (1, 1) and layer.groups == 1:
         return pointwise(x, layer.weight, layer.bias)
     return layer(x)
+
+
+def in_its_type(layer: nn.Module, x: Tensor) -> Tensor:
+    """What ``layer`` makes of attention x, which is float32 where a layer in half precision is not; x's type again."""
+    return layer(x.to(layer.weight.dtype)).to(x.dtype)

@@ -93,7 +93,7 @@ def _check_maps(theta: Tensor, phi: Tensor, g: Tensor) -> None:
     for name, x in (("theta", theta), ("phi", phi), ("g", g)):
         check_float(name, x)
     same = theta.dtype == phi.dtype == g.dtype and theta.device == phi.device == g.device
-    if not same or not (theta.dim() == phi.dim() == g.dim() == 4) or not phi[:, :1].numel():
+    if not same or not (theta.dim() == phi.dim() == g.dim() == 4) or 0 in phi.shape[2:]:
         fits = False
     else:
         fits = theta.shape[:2] == phi.shape[:2] and (phi.shape[0], *phi.shape[2:]) == (

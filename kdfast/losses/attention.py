@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..ops.attention_mask import attention_mask, attention_pool, masked_distance
 from ..reference.attention_mask import mask
-from ._common import Levels, Loss, check_choice, check_pair, describe, levels, total
-from ._pointwise import pointwise_layer
+from ._common import Levels, Loss, check_choice, check_fits, check_pair, describe, levels, total
+from ._pointwise import in_its_type, pointwise_layer
 
 Mask = Literal["mean_of_softmax", "softmax_of_sum"]
 Pooling = Literal["abs", "signed"]
@@ -54,7 +54,7 @@ def attention_masks(
         ValueError, TypeError: maps that are not float tensors of one shape on one device; T not above 0.
     """
     _check_settings(temperature, "mode", mode)
-    _check_maps(student, teacher, one_width=True)
+    check_map_pair(student, teacher, one_width=True)
     pooled = [attention_pool(v) for v in (student, teacher)]
     dtype = torch.promote_types(*(p[0].dtype for p in pooled))
     spatial, channel = (
@@ -78,7 +78,7 @@ def attention_parts(
 
 def masked_feature_distance(student: Tensor, teacher: Tensor, spatial_mask: Tensor) -> Tensor:
     """(sum of M^s (A_S - A_T)²)^½ of maps [B, C, H, W] under a mask [B, 1, H, W], which is a constant."""
-    _check_maps(student, teacher, one_width=True)
+    check_map_pair(student, teacher, one_width=True)
     ones = torch.ones(student.shape[:2], dtype=torch.float32, device=student.device)
     return masked_distance(student, teacher, spatial_mask, ones)
 
@@ -196,7 +196,7 @@ class AttentionGuidedLoss(Loss):
         }
 
     def _plain(self, student: Tensor, teacher: Tensor, distances: bool) -> tuple:
-        _check_maps(student, teacher, one_width=True)
+        check_map_pair(student, teacher, one_width=True)
         return attention_mask(
             student,
             teacher,
@@ -207,7 +207,7 @@ class AttentionGuidedLoss(Loss):
         )
 
     def _adapted(self, student: Tensor, teacher: Tensor, layer: _Adaptation) -> tuple:
-        _check_maps(student, teacher, one_width=False)
+        check_map_pair(student, teacher, one_width=False)
         layer.check(student, teacher)
         adapted, settings = pointwise_layer(layer.feature, student), self._settings()
         if student.shape == teacher.shape:
@@ -221,8 +221,8 @@ class AttentionGuidedLoss(Loss):
             pooled = [attention_pool(v, signed=settings["signed"]) for v in (student, teacher)]
             spatial, channel = ([p[i][-1] for p in pooled] for i in (0, 1))
         transfers = [
-            torch.dist(layer.spatial(spatial[0]), spatial[1]),
-            torch.dist(layer.channel(channel[0]), channel[1]),
+            torch.dist(in_its_type(layer.spatial, spatial[0]), spatial[1]),
+            torch.dist(in_its_type(layer.channel, channel[0]), channel[1]),
         ]
         loss = masked + self.transfer_weight * (transfers[0] + transfers[1])
         return loss, [*(v.detach() for v in transfers), distances[2]]
@@ -238,6 +238,7 @@ class _Adaptation(nn.Module):
         self.channel = nn.Linear(student, teacher)
 
     def check(self, student: Tensor, teacher: Tensor) -> None:
+        check_fits("student", student, self.feature.weight)
         made = self.channel.in_features, self.channel.out_features
         if made != (student.shape[1], teacher.shape[1]):
             raise ValueError(
@@ -266,7 +267,7 @@ def _check_settings(temperature: float, name: str, mode: str) -> None:
     check_choice(name, mode, ("mean_of_softmax", "softmax_of_sum"))
 
 
-def _check_maps(student: Tensor, teacher: Tensor, one_width: bool) -> None:
+def check_map_pair(student: Tensor, teacher: Tensor, one_width: bool) -> None:
     check_pair(student, teacher)
     one, other = student.shape, teacher.shape
     if len(one) != 4 or len(other) != 4 or one[2:] != other[2:]:

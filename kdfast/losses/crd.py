@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._common import Loss, check_integers, check_pair, describe
-from .features import wide
+from ..reference._common import autocast_device
+from ._common import Loss, check_integers, check_pair, describe, wide
 
 
 class CRDLoss(Loss):
@@ -28,7 +28,8 @@ class CRDLoss(Loss):
 
     Shape: student [B, D_s], teacher [B, D_t] (maps are flattened), index [B] of the samples in the training set,
     negatives [B, n] indices (the published code draws them from other classes). Differentiable in student, teacher and
-    the linear layers; the memory gets no gradient. It is updated at every call in training mode. With a process group,
+    the linear layers; the memory gets no gradient. It is updated at every call in training mode, but by no embedding that
+    is not finite. With a process group,
     every process applies the updates of all, and Z is that of the joint batch (equal batch sizes on each); the memories
     must start equal, as DistributedDataParallel makes them, or by one seed.
 
@@ -85,31 +86,22 @@ class CRDLoss(Loss):
                 raise ValueError(
                     f"{name}: need [B, {layer.in_features}], or maps with as many elements, got {describe(v)}"
                 )
-        check_integers("index", index)
-        if index.shape != (rows,):
-            raise ValueError(f"index: need [{rows}], one per sample, got {describe(index)}")
+        check_indices(rows, index, negatives)
         if negatives is None:
-            negatives = torch.randint(self.num_samples, (rows, self.num_negatives), device=student.device)
-        check_integers("negatives", negatives)
-        fits = negatives.dim() == 2 and negatives.shape[0] == rows and negatives.shape[1] > 0
-        if not fits or negatives.device != index.device:
-            raise ValueError(
-                f"negatives: need [{rows}, n] with n >= 1 on the device of index, got {describe(negatives)}, "
-                f"index {describe(index)}"
-            )
-        with torch.autocast(student.device.type, enabled=False):
-            s = F.normalize(self.embed_student(wide(student.flatten(1))), dim=1)
-            t = F.normalize(self.embed_teacher(wide(teacher.flatten(1))), dim=1)
+            negatives = torch.randint(self.num_samples, (rows, self.num_negatives), device=index.device)
+        with torch.autocast(autocast_device(student), enabled=False):
+            s = F.normalize(_linear(self.embed_student, student), dim=1)
+            t = F.normalize(_linear(self.embed_teacher, teacher), dim=1)
             chosen = torch.cat([index[:, None], negatives], 1)  # [B, 1 + n], the positive first
             # The student is compared with the teacher's memory, and the other way round.
             scores = torch.stack([self._scores(s, 1, chosen), self._scores(t, 0, chosen)])  # [2, B, 1 + n]
             loss = self._contrast(scores)
         if self.training:
             self._update(torch.stack([s, t]).detach(), index)
-        return self.weight * loss
+        return self.weight * loss.float()
 
     def _scores(self, v: Tensor, side: int, chosen: Tensor) -> Tensor:
-        return torch.einsum("bd,bnd->bn", v, self.memory[side][chosen]) / self.temperature
+        return torch.einsum("bd,bnd->bn", v, self.memory[side][chosen].to(v)) / self.temperature
 
     def _contrast(self, scores: Tensor) -> Tensor:
         first = scores.detach().flatten(1)
@@ -137,8 +129,32 @@ class CRDLoss(Loss):
             torch.distributed.all_gather(gathered, embeddings.contiguous())
             torch.distributed.all_gather(indices, index.contiguous())
             embeddings, index = torch.cat(gathered, 1), torch.cat(indices)
-        mixed = torch.lerp(embeddings.to(self.memory), self.memory[:, index], self.momentum)
-        self.memory[:, index] = F.normalize(mixed, dim=2)
+        old = self.memory[:, index]
+        mixed = F.normalize(torch.lerp(embeddings.to(old), old, self.momentum), dim=2)
+        # A step that overflowed must not stay: every later batch would draw its rows as negatives.
+        self.memory[:, index] = torch.where(embeddings.isfinite().all(2, keepdim=True), mixed, old)
+
+
+def check_indices(rows: int, index: Tensor, negatives: Tensor | None = None) -> None:
+    """index [rows] and negatives [rows, n] are integers on one device."""
+    check_integers("index", index)
+    if index.shape != (rows,):
+        raise ValueError(f"index: need [{rows}], one per sample, got {describe(index)}")
+    if negatives is None:
+        return
+    check_integers("negatives", negatives)
+    fits = negatives.dim() == 2 and negatives.shape[0] == rows and negatives.shape[1] > 0
+    if not fits or negatives.device != index.device:
+        raise ValueError(
+            f"negatives: need [{rows}, n] with n >= 1 on the device of index, got {describe(negatives)}, "
+            f"index {describe(index)}"
+        )
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Of x [B, ...], in float32 at least, whatever the types of x and of the layer."""
+    x = wide(x.flatten(1))
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 def _distributed() -> bool:

@@ -11,8 +11,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..class_means import ClassMeans
 from ..ops.direction import direction
 from ..ops.projector import projector, supports
+from ..reference._common import autocast_device
 from ..reference.direction import norm
-from ._common import Loss, check_choice, check_float, check_pair, describe
+from ._common import Loss, check_choice, check_fits, check_float, check_pair, describe, wide
 
 Reduction = Literal["mean", "class_balanced"]
 REDUCTIONS = ("mean", "class_balanced")
@@ -168,7 +169,7 @@ class DirectionNormLoss(_ClassMeansLoss):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             weight=self.weight,
-        )
+        ).float()
 
 
 class DirectionLoss(_ClassMeansLoss):
@@ -209,7 +210,12 @@ class DirectionLoss(_ClassMeansLoss):
         self.reduction, self.ignore_index = reduction, ignore_index
 
     def forward(self, student: Tensor, teacher: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        labels = teacher if labels is None else labels
+        if labels is None:
+            if self.class_means is not None and isinstance(teacher, Tensor) and teacher.is_floating_point():
+                raise TypeError(
+                    f"labels: need integers [B] for the class means kept here, got {describe(teacher)}"
+                )
+            labels = teacher
         check_float("student", student)
         if student.dim() != 2:
             raise ValueError(f"student: need [B, D], got {describe(student)}")
@@ -224,14 +230,14 @@ class DirectionLoss(_ClassMeansLoss):
                 ignore_index=self.ignore_index,
                 balanced=balanced,
                 weight=self.weight,
-            )
+            ).float()
         if labels is None:
             raise ValueError("labels: kind='infonce' needs labels [B], got a centre per sample")
-        return self.weight * self._infonce(student, centers, labels, balanced)
+        return self.weight * self._infonce(student, centers, labels, balanced).float()
 
     def _infonce(self, student: Tensor, centers: Tensor, labels: Tensor, balanced: bool) -> Tensor:
         dtype = torch.float64 if torch.float64 in (student.dtype, centers.dtype) else torch.float32
-        with torch.autocast(student.device.type, enabled=False):
+        with torch.autocast(autocast_device(student), enabled=False):
             s, c = student.to(dtype), centers.to(dtype)
             known = norm(c) != 0  # [K]
             cosines = nn.functional.normalize(s, dim=1) @ nn.functional.normalize(c, dim=1).T  # [B, K]
@@ -285,19 +291,15 @@ class NormLoss(Loss):
                     f"teacher: kind='l2' needs the student's shape {describe(student)}, got {describe(teacher)}"
                 )
             check_pair(student, teacher)
-            return self.weight * (_wide(student) - _wide(teacher)).square().sum() / rows
-        norms = norm(_wide(student))  # [B]
+            return self.weight * ((wide(student) - wide(teacher)).square().sum() / rows).float()
+        norms = norm(wide(student))  # [B]
         if previous_norms is None:
             previous_norms = norms.detach()
         elif not isinstance(previous_norms, Tensor) or previous_norms.shape != norms.shape:
             raise ValueError(
                 f"previous_norms: need a tensor {list(norms.shape)}, one per sample, got {describe(previous_norms)}"
             )
-        return self.weight * (norms - (previous_norms + self.step)).square().sum() / rows
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+        return self.weight * ((norms - (previous_norms + self.step)).square().sum() / rows).float()
 
 
 class EmbeddingProjector(nn.Sequential):
@@ -312,7 +314,7 @@ class EmbeddingProjector(nn.Sequential):
     and parameters.
 
     Raises:
-        ValueError: an unknown ``init``.
+        ValueError, TypeError: an unknown ``init``; an input of another shape, type or device.
 
     Source: Wang et al., KD++, and its published code.
     """
@@ -333,8 +335,13 @@ class EmbeddingProjector(nn.Sequential):
         else:
             nn.init.zeros_(linear.bias)
         super().__init__(nn.BatchNorm1d(in_dim), nn.Dropout(dropout), linear)
+        self.in_dim = in_dim
 
     def forward(self, input: Tensor) -> Tensor:
+        check_float("input", input)
+        if input.dim() != 2 or input.shape[1] != self.in_dim:
+            raise ValueError(f"input: need [B, {self.in_dim}], got {describe(input)}")
+        check_fits("input", input, self[2].weight)
         found = None if torch.compiler.is_compiling() else self._in_one_op(input)
         return super().forward(input) if found is None else found
 

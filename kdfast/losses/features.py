@@ -9,12 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.gram import gram
-from ._common import Levels, Loss, check_float, check_pair, describe, levels, total
-
-
-def wide(x: Tensor) -> Tensor:
-    """float32, or float64 where it is: squares of half precision leave its range."""
-    return x if x.dtype == torch.float64 else x.float()
+from ._common import Levels, Loss, check_fits, check_float, check_pair, describe, levels, nothing, total, wide
 
 
 def check_maps(student: Tensor, teacher: Tensor) -> None:
@@ -89,9 +84,34 @@ def _adapted(adapters: nn.ModuleList, pairs: list[tuple[Tensor, Tensor]]) -> lis
         raise ValueError(f"student: need {len(adapters)} levels, one per adapter, got {len(pairs)}")
     for adapt, (s, t) in zip(adapters, pairs, strict=True):
         check_maps(s, t)
-        if s.shape[1] != adapt[0].in_channels:
-            raise ValueError(f"student: need maps [B, {adapt[0].in_channels}, H, W], got {describe(s)}")
+        check_adapter(adapt, s, t)
     return [(adapt(s), t) for adapt, (s, t) in zip(adapters, pairs, strict=True)]
+
+
+def check_adapter(adapt: nn.Sequential, student: Tensor, teacher: Tensor) -> None:
+    """Raise before a batch norm counts a map that does not fit its adapter, or becomes none of the teacher's shape."""
+    conv = adapt[0]
+    if student.shape[1] != conv.in_channels:
+        raise ValueError(f"student: need maps [B, {conv.in_channels}, H, W], got {describe(student)}")
+    check_fits("student", student, conv.weight)
+    size = tuple(
+        (n - 1) * stride - 2 * padding + kernel
+        if isinstance(conv, nn.ConvTranspose2d)
+        else (n + 2 * padding - kernel) // stride + 1
+        for n, kernel, stride, padding in zip(
+            student.shape[2:], conv.kernel_size, conv.stride, conv.padding, strict=True
+        )
+    )
+    sized = isinstance(adapt, ConvAdapter) or conv.kernel_size != (
+        1,
+        1,
+    )  # ICKD compares maps of different sizes
+    if teacher.shape[1] != conv.out_channels or (sized and teacher.shape[2:] != size):
+        need = ", ".join(map(str, size)) if sized else "H, W"
+        raise ValueError(
+            f"student and teacher: the adapter makes [B, {conv.out_channels}, {need}] of student {describe(student)}, "
+            f"got teacher {describe(teacher)}"
+        )
 
 
 class FitNetLoss(Loss):
@@ -123,8 +143,8 @@ class FitNetLoss(Loss):
         for s, t in _adapted(self.adapters, levels(student, teacher)):
             check_pair(s, t)
             check_same_shape(s, t, "give student_shape and teacher_shape for an adapter")
-            terms.append(F.mse_loss(wide(s), wide(t)))
-        return self.weight * total(terms)
+            terms.append(F.mse_loss(wide(s), wide(t)) if s.numel() else nothing(s, t))
+        return self.weight * total(terms).float()
 
 
 def attention_map(x: Tensor, p: float, *, signed: bool = False) -> Tensor:
@@ -141,6 +161,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, p: float, *, signed: bo
     elif student.shape[2] < teacher.shape[2]:
         teacher = F.adaptive_avg_pool2d(teacher, student.shape[2:])
     check_same_shape(student[:, 0], teacher[:, 0], "heights and widths must have one ratio")
+    if student.shape[0] == 0:
+        return nothing(student, teacher)
     s, t = (attention_map(v, p, signed=signed) for v in (student, teacher))
     return (s - t).square().mean()
 
@@ -165,7 +187,10 @@ class AttentionTransferLoss(Loss):
         self.p = p
 
     def forward(self, student: Levels, teacher: Levels) -> Tensor:
-        return self.weight * total([attention_transfer(s, t, self.p) for s, t in levels(student, teacher)])
+        return (
+            self.weight
+            * total([attention_transfer(s, t, self.p) for s, t in levels(student, teacher)]).float()
+        )
 
 
 class ICKDLoss(Loss):
@@ -207,10 +232,13 @@ class ICKDLoss(Loss):
                     f"student_channels: need the teacher's {t.shape[1]} channels, got {s.shape[1]}; "
                     f"give student_channels and teacher_channels for an embedding"
                 )
+            if s.shape[0] == 0:
+                terms.append(nothing(s, t))
+                continue
             views = (v[:, :, None, :, :, None] for v in (s, t))  # [B, C, 1, H, W, 1]: rows are channels
             _, distance = gram(*views, compare="row_cosine", centered=False)  # sums of squares / C²
             terms.append(s.shape[1] * distance.float().mean())
-        return self.weight * total(terms)
+        return self.weight * total(terms).float()
 
 
 def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
@@ -221,6 +249,8 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
     """
     check_pair(student, teacher)
     check_same_shape(student, teacher, "the hierarchical context loss compares maps of one shape")
+    if student.shape[0] == 0:
+        return nothing(student, teacher)
     difference = wide(student) - wide(teacher)
     loss, weight, weights = difference.square().mean(), 1.0, 1.0
     if difference.dim() == 4:
@@ -272,7 +302,7 @@ class FGFILoss(Loss):
         difference = torch.where(mask[:, None] != 0, wide(teacher) - wide(student), 0)
         square = difference.square().sum(1)  # [B, H, W]
         count = mask.sum()
-        return self.weight * (mask * square).sum() / torch.where(count > 0, 2 * count, 1)
+        return self.weight * ((mask * square).sum() / torch.where(count > 0, 2 * count, 1)).float()
 
 
 def imitation_mask(anchors: Tensor, boxes: Tensor, *, threshold: float = 0.5) -> Tensor:

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from ..ops.gram import gram, gram_distance, transposed, view
 from ..ops.patch_gram import patch_gram, row_inter_distance
-from ._common import Levels, Loss, check_choice, check_float, check_pair, describe, levels, total
+from ._common import (
+    Levels,
+    Loss,
+    check_choice,
+    check_float,
+    check_pair,
+    describe,
+    levels,
+    nothing,
+    total,
+    wide,
+)
 from ._patches import Average, PatchSize, Resize, check_maps, check_patches, grid_of
 
 RowNorm = Literal["none", "row", "cosine"]
@@ -176,8 +187,8 @@ class LogitCKALoss(Loss):
                 f"teacher {describe(teacher)}; set inter_weight=0 to compare samples only"
             )
         if self.temperature is not None:
-            student = torch.softmax(student.float() / self.temperature, dim=1)
-            teacher = torch.softmax(teacher.float() / self.temperature, dim=1)
+            student = torch.softmax(wide(student) / self.temperature, dim=1)
+            teacher = torch.softmax(wide(teacher) / self.temperature, dim=1)
         return pair_distance(
             student,
             teacher,
@@ -273,6 +284,9 @@ class _GramLoss(Loss):
         terms = []
         for s, t in levels(student, teacher):
             check_pair(s, t)
+            if s.shape[0] == 0 and compare != "cka":  # 1 - CKA of nothing is 1, as of one sample
+                terms.append(nothing(s, t))
+                continue
             terms.append(gram_distance(s, t, compare=compare, centered=False, weight=self.weight).float())
         return total(terms)
 
@@ -372,6 +386,9 @@ class PairwiseAffinityLoss(Loss):
                     f"student and teacher need maps [B, C, H, W] of one size H x W, got student {describe(s)}, "
                     f"teacher {describe(t)}"
                 )
+            if s.numel() == 0 or t.numel() == 0:
+                terms.append(nothing(s, t))
+                continue
             settings = {"compare": "difference", "centered": False, "cosine": True, "weight": self.weight}
             terms.append(gram_distance(s, t, layout="pixels", **settings).float())
         return total(terms)

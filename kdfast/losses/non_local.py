@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d
 
-from ._common import Levels, Loss, check_choice, check_float, describe, levels, total
+from ._common import Levels, Loss, check_choice, check_fits, check_float, describe, levels, total
 from ._pointwise import pointwise, pointwise_layer
 from .affinity import concatenation_affinity, dot_product_affinity, softmax_affinity
-from .attention import Channels, channel_pairs, masked_feature_distance
+from .attention import Channels, channel_pairs, check_map_pair, masked_feature_distance
 from .criss_cross import criss_cross_attention
 
 Kind = Literal["gaussian", "embedded_gaussian", "dot_product", "concatenation", "criss_cross", "rcca"]
@@ -43,7 +43,7 @@ def non_local_response(
 
     Returns: [B, e, H, W].
     """
-    _check_map(x, key_stride)
+    _check_map("x", x, key_stride)
     if kind == "gaussian":
         value = max_pool2d(pointwise_layer(g, x), key_stride).to(
             x.dtype
@@ -151,8 +151,13 @@ class NonLocalBlock(nn.Module):
             f"key_stride={self.key_stride}, residual={self.residual}"
         )
 
+    def check(self, name: str, x: Tensor) -> None:
+        """Raise where x is no map that the block takes."""
+        _check_map(name, x, self.key_stride, self.in_channels)
+        check_fits(name, x, (self.value_conv if self.kind in CRISS_CROSS else _conv(self.g)).weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        _check_map(x, self.key_stride, self.in_channels)
+        self.check("x", x)
         if self.kind in CRISS_CROSS:
             rounds = 2 if self.kind == "rcca" else 1
             for i in range(rounds):
@@ -252,6 +257,11 @@ class NonLocalLoss(Loss):
                 f"channels: non-local blocks were made for {len(self.adaptation)} levels, got {len(pairs)}; give "
                 f"channels as a list with one entry per level"
             )
+        # All levels before the first block, whose batch norm counts what it sees.
+        for (s, t), of_student, of_teacher in zip(pairs, self.student, self.teacher, strict=True):
+            of_student.check("student", s)
+            of_teacher.check("teacher", t)
+            check_map_pair(s, t, one_width=False)
         modules = zip(self.student, self.teacher, self.adaptation, strict=True)
         terms = [
             relation_distance(pointwise_layer(adapt, of_student(s)), of_teacher(t))
@@ -277,11 +287,11 @@ def _per_level(name: str, value: int | Sequence[int], count: int) -> list[int]:
     return values
 
 
-def _check_map(x: Tensor, key_stride: int, channels: int | None = None) -> None:
-    check_float("x", x)
+def _check_map(name: str, x: Tensor, key_stride: int, channels: int | None = None) -> None:
+    check_float(name, x)
     if x.dim() != 4 or channels not in (None, x.shape[1]):
-        raise ValueError(f"x: need a map [B, {channels or 'C'}, H, W], got {describe(x)}")
+        raise ValueError(f"{name}: need a map [B, {channels or 'C'}, H, W], got {describe(x)}")
     if min(x.shape[2:]) < key_stride:
         raise ValueError(
-            f"key_stride: {key_stride} needs maps of at least {key_stride} x {key_stride} pixels, got {describe(x)}"
+            f"key_stride: {key_stride} needs maps of at least {key_stride} x {key_stride} pixels, got {name} {describe(x)}"
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, mse_loss
 
 from ..reference.patch_gram import AVERAGES, Grid, patches, resize
-from ._common import Levels, Loss, check_choice, describe, levels, total
+from ._common import Levels, Loss, check_choice, describe, levels, total, wide
 from ._patches import (
     Average,
     PatchSize,
@@ -174,11 +174,11 @@ class PatchLoss(Loss):
             if self.base == "at":
                 terms.append(_attention(s, t, grid))
             else:
-                s, t = (patches(resize(v.float(), grid), grid) / self.temperature for v in (s, t))
+                s, t = (patches(resize(wide(v), grid), grid) / self.temperature for v in (s, t))
                 terms.append(
                     self.temperature**2 * (_divergence(s, t) if self.base == "kd" else _relations(s, t))
                 )
-        return self.weight * total(terms)
+        return self.weight * total(terms).float()
 
 
 # Views of patches are [C, R1, R2, B, P_H, P_W]: rows are axes 1 and 2, features (pixels) axes 3 to 5.
@@ -209,7 +209,7 @@ def _attention(student: Tensor, teacher: Tensor, grid: Grid) -> Tensor:
     # The sum over channels and the resize commute: only one channel is resized.
     channels = student.shape[1]
     student, teacher = (
-        patches(resize(v.float().sum(1, keepdim=True), grid), grid).flatten(3).flatten(0, 2)
+        patches(resize(wide(v).sum(1, keepdim=True), grid), grid).flatten(3).flatten(0, 2)
         for v in (student, teacher)
     )  # [N, B P]
     unit = torch.nn.functional.normalize
@@ -277,5 +277,5 @@ class MimicLoss(Loss):
                     f"channels, got student {describe(s)}, teacher {describe(t)}"
                 )
             adapted = conv2d(s, adapter.weight.to(s.dtype), adapter.bias.to(s.dtype))
-            terms.append(mse_loss(adapted.float(), t.float()))
-        return self.weight * total(terms)
+            terms.append(mse_loss(wide(adapted), wide(t)))
+        return self.weight * total(terms).float()

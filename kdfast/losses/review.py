@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._common import Loss, check_pair, describe, levels, total
+from ._common import Loss, check_fits, check_pair, describe, levels, total
 from .features import hierarchical_context
 
 
@@ -80,7 +80,8 @@ class ReviewKDLoss(Loss):
             for level, (c, out) in enumerate(zip(student_channels, teacher_channels, strict=True))
         )
 
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    def check(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of levels; raises before a batch norm counts levels that do not fit."""
         if isinstance(student, Tensor) or isinstance(teacher, Tensor):
             raise TypeError("student and teacher: need sequences of levels, got a tensor")
         pairs = levels(student, teacher)
@@ -92,9 +93,14 @@ class ReviewKDLoss(Loss):
             for name, v, need in zip(("student", "teacher"), pair, channels, strict=True):
                 if v.dim() not in (2, 4) or v.shape[1] != need:
                     raise ValueError(f"{name}: need [B, {need}, H, W] or [B, {need}], got {describe(v)}")
+            check_fits("student", pair[0], fusion.reduce[0].weight)
+        return pairs
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        pairs = self.check(student, teacher)
         terms, above = [], None
         for fusion, (s, t) in reversed(list(zip(self.fusions, pairs, strict=True))):
             s, t = (v[:, :, None, None] if v.dim() == 2 else v for v in (s, t))
             out, above = fusion(s, above, t.shape[2:])
             terms.append(hierarchical_context(out, t))
-        return self.weight * total(terms)
+        return self.weight * total(terms).float()

@@ -47,7 +47,10 @@ class _AttentionMask(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss, _=None, grad_spatial=None, grad_channel=None):
-        student, teacher, adapted, terms, spatial, channel, spatial_mask, channel_mask = ctx.saved_tensors
+        student, teacher, adapted, terms, *pairs = (
+            ctx.saved_tensors
+        )  # read once: a checkpoint unpacks them once
+        spatial, channel, spatial_mask, channel_mask = pairs
         s, needed = ctx.settings, ctx.needs_input_grad[:3]
         if _second.wanted():
 
@@ -68,7 +71,7 @@ class _AttentionMask(torch.autograd.Function):
                 continue
             other = (teacher if adapted is None else None) if side == 0 else x
             other = other if grad_loss is not None else None
-            given = _pooled_gradients(ctx, side, grad_loss, grad_spatial, grad_channel)
+            given = _pooled_gradients(ctx, side, terms, pairs, grad_loss, grad_spatial, grad_channel)
             results[side] = op(v, other, grad_loss, terms, *pooled, *masks, *given, side, s.signed)
         if needed[2]:
             other = teacher if grad_loss is not None else None
@@ -81,13 +84,12 @@ def _loss(student: Tensor, teacher: Tensor, *settings) -> Tensor:
     return reference.attention_mask(student, teacher, None, *settings)[0]
 
 
-def _pooled_gradients(ctx: Any, side: int, grad_loss, grad_spatial, grad_channel):
+def _pooled_gradients(ctx: Any, side: int, terms: Tensor, pairs: list, grad_loss, grad_spatial, grad_channel):
     """Gradients [kinds, B, ...] of one map's means that the caller's use of them and the masks ask for, or None."""
     s = ctx.settings
     through = s.through and grad_loss is not None
     if not through and grad_spatial is None and grad_channel is None:
         return None, None
-    _, _, _, terms, *pairs = ctx.saved_tensors
     results = []
     for pooled, mask, given, used in (
         (pairs[0], pairs[2], grad_spatial, True),

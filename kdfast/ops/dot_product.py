@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
-from ..reference._common import accumulator
+from ..reference._common import accumulator, autocast_device
 from . import _second
 from ._define import define, new_gradients, reference_gradients
 
@@ -30,7 +30,7 @@ def new_result(query: Tensor, value: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor, y: Tensor, factor: float) -> Tensor:
-    if x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(autocast_device(x)):
         return (x @ y) * factor  # the backward scales the small matrix, where that of alpha scales both maps
     # alpha scales before the product is rounded to half precision.
     return torch.baddbmm(x.new_empty(1, 1, 1), x, y, beta=0, alpha=factor)
@@ -104,6 +104,6 @@ def dot_product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     device = query.device.type
     # On a GPU the products are PyTorch's, whichever backend is asked for; autocast chooses their type.
     chosen = backend.choose("dot_product", device, ("triton", "cuda"))
-    if chosen != "cpu" or torch.is_autocast_enabled(device):
+    if chosen != "cpu" or torch.is_autocast_enabled(autocast_device(query)):
         return linear(query, key, value)
     return _DotProduct.apply(query, key, value)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import backend
 from ..reference import projector as reference
+from ..reference._common import autocast_device
 from . import _second
 from ._define import define
 
@@ -37,7 +38,7 @@ def _reference(x, noise, gamma, beta, weight, bias, running_mean, running_var, m
 
 
 def _reference_backward(grad, x, noise, gamma, beta, weight, mean, scale):
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(autocast_device(x), enabled=False):
         unit = (x - mean) * scale
         z, grad_z = gamma * unit + beta, grad @ weight
         if noise is not None:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .. import backend
 from ..reference import affinity as reference
-from ..reference._common import accumulator
+from ..reference._common import accumulator, autocast_device
 from . import _second
 from ._define import define, new_gradients, reference_gradients
 from .dot_product import new_result
@@ -116,6 +116,6 @@ def softmax_affinity(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     device = query.device.type
     # On a GPU it is PyTorch's, whichever backend is asked for; autocast chooses its type.
     chosen = backend.choose("softmax_affinity", device, ("triton", "cuda"))
-    if chosen != "cpu" or torch.is_autocast_enabled(device):
+    if chosen != "cpu" or torch.is_autocast_enabled(autocast_device(query)):
         return attention(query, key, value, scale)
     return _SoftmaxAffinity.apply(query, key, value, scale)

@@ -11,3 +11,8 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
     return (
         torch.float64 if any(v is not None and v.dtype == torch.float64 for v in tensors) else torch.float32
     )
+
+
+def autocast_device(x: Tensor) -> str:
+    """Whose autocast rules the ops on x; PyTorch has none for meta tensors, and raises."""
+    return "cpu" if x.is_meta else x.device.type

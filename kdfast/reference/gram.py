@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._common import autocast_device
+
 COMPARISONS = ("cka", "cka_row", "unbiased", "row_cosine", "mean", "difference")
 
 
@@ -46,7 +48,7 @@ def gram(
         products [T, 3, G] = (<K, L>, <K, K>, <L, L>) and distance [T, G], T = 1 (or 2 with ``inter``), float32
         (float64 for float64 inputs). Differentiable in x and y, any number of times.
     """
-    with torch.autocast(x.device.type, enabled=False):  # matrix products stay in the accumulation type
+    with torch.autocast(autocast_device(x), enabled=False):  # matrix products stay in the accumulation type
         return _terms(x, y, COMPARISONS[compare], centered, cosine, inter, feature_side)
 
 

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._common import autocast_device
+
 KINDS = ("kl", "dkd", "nkd", "dist")
 
 
@@ -41,7 +43,7 @@ def logits(
 
     Differentiable in student and teacher, any number of times.
     """
-    with torch.autocast(student.device.type, enabled=False):
+    with torch.autocast(autocast_device(student), enabled=False):
         return _loss(student, teacher, labels, KINDS[kind], alpha, beta, temperature, ignore_index)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..losses._common import Loss, check_choice, check_float, describe
-from ..losses.features import check_maps, check_same_shape, wide
+from ..losses._common import Loss, check_choice, check_fits, check_float, check_integers, describe, wide
+from ..losses.features import check_maps, check_same_shape
 from ..ops.masked_error import area_mask, masked_error
 from ..reference.masked_error import MULTIPLICITIES
 
@@ -54,9 +54,11 @@ def decode_areas(
     """
     for name, v in (("heat", heat), ("size", size), ("offset", offset)):
         check_float(name, v)
-    if heat.dim() != 4 or any(v.shape != (heat.shape[0], 2, *heat.shape[2:]) for v in (size, offset)):
+    shape = (heat.shape[0], 2, *heat.shape[2:]) if heat.dim() == 4 else None
+    if any(v.shape != shape or v.device != heat.device for v in (size, offset)):
         raise ValueError(
-            f"heat [B, N, H, W] and size, offset [B, 2, H, W]: got {describe(heat)}, {describe(size)}, {describe(offset)}"
+            f"heat [B, N, H, W] and size, offset [B, 2, H, W] on one device: got {describe(heat)}, {describe(size)}, "
+            f"{describe(offset)}"
         )
     if areas < 1 or kernel < 1 or kernel % 2 == 0:
         raise ValueError(
@@ -97,8 +99,12 @@ def areas_to_mask(
         boxes: (x1, y1, x2, y2), both ends inside; empty where x2 < x1 or y2 < y1.
     """
     check_choice("multiplicity", multiplicity, MULTIPLICITIES)
-    if boxes.dim() != 3 or boxes.shape[2] != 4:
+    if isinstance(boxes, Tensor) and (boxes.dim() != 3 or boxes.shape[2] != 4):
         raise ValueError(f"boxes: need [B, K, 4], got {describe(boxes)}")
+    check_integers("boxes", boxes)
+    for name, side in (("height", height), ("width", width)):
+        if not isinstance(side, (int, torch.SymInt)) or side < 0:
+            raise ValueError(f"{name}: need an integer of at least 0, got {side!r}")
     return area_mask(boxes, height, width, multiplicity).to(dtype)
 
 
@@ -113,9 +119,11 @@ def masked_area_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """
     check_maps(student, teacher)
     check_same_shape(student, teacher, "adapt the student's map first")
-    if mask.shape != (student.shape[0], 1, *student.shape[2:]):
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        raise TypeError(f"mask: need a real tensor, got {describe(mask)}")
+    if mask.device != student.device or mask.shape != (student.shape[0], 1, *student.shape[2:]):
         raise ValueError(
-            f"mask: need [B, 1, H, W] = {[student.shape[0], 1, *student.shape[2:]]}, got {describe(mask)}"
+            f"mask: need [B, 1, H, W] = {[student.shape[0], 1, *student.shape[2:]]} on {student.device}, got {describe(mask)}"
         )
     return masked_error(student, teacher, mask)
 
@@ -217,6 +225,12 @@ class DistinctiveAreas(Loss):
         """L_D and the mask [B, 1, H, W] of the areas that the student's map shows."""
         check_maps(student, teacher)
         check_same_shape(student, teacher, "adapt the student's map first")
+        if student.shape[1] != self.heat[0].in_channels:
+            raise ValueError(
+                f"student and teacher: need maps [B, {self.heat[0].in_channels}, H, W], got {describe(student)}"
+            )
+        for name, v in (("student", student), ("teacher", teacher)):
+            check_fits(name, v, self.heat[0].weight)
         seen = self.maps(student)
         detection = self.detection_loss(seen, self.maps(teacher))
         mask = self.mask(self.decode(seen), *student.shape[2:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..losses._common import Levels, check_choice, check_float, levels, total
-from ..losses.features import check_same_shape, wide
+from ..losses._common import Levels, check_choice, check_float, check_pair, describe, levels, total, wide
+from ..losses.features import check_same_shape
 from ..ops.feature_augment import feature_augment
 from ..reference.feature_augment import plan
 from ._estimator import choose, straight_through, valued
@@ -170,17 +170,20 @@ class FeatureAugmentation(nn.Module):
         Args:
             draw: by default a new one.
         """
+        if not isinstance(teacher, (Tensor, Collection)):
+            raise TypeError(f"teacher: need a tensor or a sequence of tensors, got {describe(teacher)}")
+        maps = [teacher] if isinstance(teacher, Tensor) else list(teacher)
+        for x in maps:  # before the draw, which moves the generator
+            check_float("teacher", x)
+            if x.dim() not in (2, 4):
+                raise ValueError(f"teacher: need maps [B, C, H, W] or embeddings [B, C], got {describe(x)}")
         draw = self.draw() if draw is None else draw
-        if isinstance(teacher, Tensor):
-            return self._level(teacher, draw, 0)
-        return [self._level(t, draw, i) for i, t in enumerate(teacher)]
+        refined = [self._level(x, draw, i) for i, x in enumerate(maps)]
+        return refined[0] if isinstance(teacher, Tensor) else refined
 
     forward = augment
 
     def _level(self, x: Tensor, draw: Draw, level: int) -> Tensor:
-        check_float("teacher", x)
-        if x.dim() not in (2, 4):
-            raise ValueError(f"teacher: need maps [B, C, H, W] or embeddings [B, C], got {list(x.shape)}")
         if x.dim() == 2 or x.shape[2:].numel() == 1:
             return x
         learns = self.frozen is None and torch.is_grad_enabled()
@@ -245,10 +248,12 @@ class FeatureAugmentation(nn.Module):
             teacher: a constant.
         """
         pairs = levels(student, teacher)
+        for s, t in pairs:
+            check_pair(s, t)
+            check_same_shape(s, t, "adapt the student's map first")
         terms = []
         refined = self.augment([t.detach() for _, t in pairs])
         for (s, _), t in zip(pairs, refined, strict=True):
-            check_same_shape(s, t, "adapt the student's map first")
             s = s.detach() if detach_student else s
             terms.append(0.5 * F.mse_loss(wide(t), wide(s)))
         return total(terms).float()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..losses._common import Levels, Loss, check_choice, levels, total
-from ..losses.crd import CRDLoss
-from ..losses.features import AttentionTransferLoss, ConvAdapter, wide
+from ..losses._common import Levels, Loss, check_choice, check_fits, levels, total, wide
+from ..losses.crd import CRDLoss, check_indices
+from ..losses.features import AttentionTransferLoss, ConvAdapter, check_adapter, check_maps
 from ..losses.review import ReviewKDLoss
 from .areas import DistinctiveAreas, Multiplicity
 from .augmentation import FeatureAugmentation
@@ -141,6 +141,8 @@ class SoKDLoss(Loss):
         self, student: Levels, teacher: Levels, *inputs: Tensor, through_policy: bool = False
     ) -> Tensor:
         pairs = self._pairs(student, teacher)
+        if self.base == "crd":
+            check_indices(pairs[0][0].shape[0], *inputs)
         refined = [t for _, t in pairs]
         if self.training:
             with torch.set_grad_enabled(through_policy and torch.is_grad_enabled()):
@@ -190,7 +192,13 @@ class SoKDLoss(Loss):
 
     def _pairs(self, student: Levels, teacher: Levels) -> list[tuple[Tensor, Tensor]]:
         pairs = levels(student, teacher)
-        made = len(self.adapters) or len(self.base_loss.fusions)
+        if self.base == "reviewkd":
+            return self.base_loss.check([s for s, _ in pairs], [t for _, t in pairs])
+        made = len(self.adapters)
         if len(pairs) != made:
             raise ValueError(f"student: {made} levels were configured, got {len(pairs)}")
+        for adapt, (s, t) in zip(self.adapters, pairs, strict=True):  # before the policy and batch norms move
+            check_maps(s, t)
+            check_adapter(adapt, s, t)
+            check_fits("teacher", t, adapt[0].weight)
         return pairs
