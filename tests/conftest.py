@@ -14,7 +14,7 @@ from kdfast import backend
 if backend.interpreting():
     import interpreter
 
-    interpreter.search_once()
+    interpreter.make_fast()
 
 # Two cores are shared by the workers of pytest-xdist.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
