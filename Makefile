@@ -16,8 +16,12 @@ SOURCES := setup.py $(shell find csrc -type f)
 CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 # Where there is a compiler, code that does not compile stops make instead of being reported and left out.
 KDFAST_EXTENSION ?= $(if $(shell command -v $(firstword $(CXX))),1)
-# Two test processes share the machine with torch's own threads: idle threads must not spin.
-TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
+# Two test processes share the machine with torch's own threads: idle threads must not spin. Large blocks that are freed
+# stay with the process, to be used again as they were left: mapping them anew, a page fault for each 4 KB, was most of
+# the time of some tests. Of torch.compile's own code it does not matter how fast it runs: no looking for vector
+# instructions, no processes that compile.
+TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 \
+	TORCHINDUCTOR_VEC_ISA_OK=0 TORCHINDUCTOR_COMPILE_THREADS=1
 
 .PHONY: env build lint test demo bench gpu-check gpu-sanitize gpu-build clean
 
