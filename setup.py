@@ -192,8 +192,9 @@ class Manifest:
         cuda_objects = [obj for obj, text in edges if ": nvcc " in text]
         # ninja starts in this order where it knows no times. What takes longest goes first, so that the last minute has
         # work for every processor: CUDA, then the widest instruction set.
-        started = [edge for edge in edges if edge[0] in cuda_objects]
-        started += [edge for edge in edges[::-1] if edge[0] not in cuda_objects]
+        last_first = edges[::-1]
+        started = [edge for edge in last_first if edge[0] in cuda_objects]
+        started += [edge for edge in last_first if edge[0] not in cuda_objects]
         return "\n".join(
             [
                 "ninja_required_version = 1.5",
