@@ -16,8 +16,11 @@ SOURCES := setup.py $(shell find csrc -type f)
 CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
 # Where there is a compiler, code that does not compile stops make instead of being reported and left out.
 KDFAST_EXTENSION ?= $(if $(shell command -v $(firstword $(CXX))),1)
-# Two test processes share the machine with torch's own threads: idle threads must not spin.
-TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
+# Two test processes share the machine with torch's own threads: idle threads must not spin. How fast torch.compile's own
+# code is does not matter: no looking for vector instructions, no processes that compile.
+TEST_ENV := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive TORCHINDUCTOR_VEC_ISA_OK=0 TORCHINDUCTOR_COMPILE_THREADS=1
+# Neighbouring tests to one process, as they share what was compiled for them.
+TEST := -m pytest -q -n 2 --dist worksteal
 
 .PHONY: env build lint test demo bench gpu-check gpu-sanitize gpu-build clean
 
@@ -48,10 +51,10 @@ $(VENV)/triton-oldest: $(VENV)/.installed
 
 # The interpreter is chosen when Triton is imported, so its tests run in a process of their own.
 test: build lint $(VENV)/triton-oldest
-	$(TEST_ENV) PYTHONPATH=$(VENV)/triton-oldest $(PY) -m pytest -q -n 2 -k "test_triton_launch or (test_triton_aot and 90])" \
+	$(TEST_ENV) PYTHONPATH=$(VENV)/triton-oldest $(PY) $(TEST) -k "test_triton_launch or (test_triton_aot and 90])" \
 		tests/test_triton_launch.py tests/test_triton_aot.py
-	$(TEST_ENV) TRITON_INTERPRET=1 $(PY) -m pytest -q -n 2 -m interpret
-	$(TEST_ENV) $(PY) -m pytest -q -n 2 -m "not interpret"
+	$(TEST_ENV) TRITON_INTERPRET=1 $(PY) $(TEST) -m interpret
+	$(TEST_ENV) $(PY) $(TEST) -m "not interpret"
 
 demo: build
 	$(PY) examples/distill_digits.py --out report

@@ -6,18 +6,19 @@ launch for an architecture, with the very types, constants and alignments that T
 
 from __future__ import annotations
 
+import io
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from kdfast.kernels._jit import Kernel
@@ -28,6 +29,7 @@ SHARED_LIMIT = {
     100: 227 * 1024,
 }  # bytes that one block can have, by compute capability
 GRID_LIMIT = (2**31 - 1, 65535, 65535)  # programs along each axis
+LOG = "ptxas.log"
 
 
 class Launch(NamedTuple):
@@ -71,16 +73,19 @@ def source(launch: Launch, capability: int) -> tuple[ASTSource, GPUTarget, dict[
 
 
 def resources(launch: Launch, capability: int) -> Resources:
+    """What ptxas said when Triton compiled the launch: its words are kept beside the kernel, in Triton's cache."""
     src, target, options = source(launch, capability)
-    compiled = triton.compile(src, target=target, options=options)
-    ptx = compiled.asm["ptx"]
+    with mock.patch.object(knobs.nvidia, "dump_ptxas_log", True), redirect_stdout(io.StringIO()) as printed:
+        compiled = triton.compile(src, target=target, options=options)
+        cache = get_cache_manager(compiled.hash)
+        kept = cache.get_file(LOG)
+        if not kept and not printed.getvalue():  # compiled by something else than this function
+            compiler = make_backend(target)
+            compiler.make_cubin(compiled.asm["ptx"], {}, compiler.parse_options(options), capability)
+    log = printed.getvalue() or Path(kept).read_text()
+    if not kept:
+        cache.put(log, LOG, binary=False)
     # The stack alone would not do: the rarely taken branch of libdevice's sine has an array there.
-    gpu = re.search(r"[.]target (sm_[0-9a-z]+)", ptx)[1]
-    command = [get_ptxas(capability).path, "-v", f"--gpu-name={gpu}"]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.ptx"
-        file.write_text(ptx)
-        command += [str(file), "-o", str(file.with_suffix(".cubin"))]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = int(re.search(r"Used (\d+) registers", log)[1])
-    return Resources(compiled.metadata.shared, registers, int(re.search(r"(\d+) bytes spill stores", log)[1]))
+    registers = re.search(r"Used (\d+) registers", log)[1]
+    spilled = re.search(r"(\d+) bytes spill stores", log)[1]
+    return Resources(compiled.metadata.shared, int(registers), int(spilled))

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
 from kdfast import backend
 
+if backend.interpreting():
+    import interpreter
+
+    interpreter.make_fast()
+
 # Two cores are shared by the workers of pytest-xdist.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Whether malloc keeps large blocks that are freed, to use them again as they were left, where it is glibc's.
+
+    Mapping them anew, with a page fault for each 4 KB, was most of the time of tests of large tensors.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for parameter, value in ((-4, 0 if keep else 65536), (-1, 2**31 - 1 if keep else 128 << 10)):
+        if mallopt is not None:
+            mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+
+
+keep_freed_memory(True)
+
+
+@pytest.fixture
+def freed_memory_is_given_back() -> Iterator[None]:
+    """For tests that measure memory."""
+    keep_freed_memory(False)
+    yield
+    keep_freed_memory(True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -42,6 +73,16 @@ def device_still_answers(request: pytest.FixtureRequest) -> Iterator[None]:
             pytest.exit(message)
         print(message, file=sys.__stderr__, flush=True)
         os._exit(1)  # pytest-xdist names the test and starts another process
+
+
+@contextmanager
+def made_once(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """A path in a folder of all processes of pytest-xdist. Others wait meanwhile: what is there need not be made again."""
+    folder = factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
 
 
 needs_extension = pytest.mark.skipif(backend.why_not("cpu") is not None, reason=str(backend.why_not("cpu")))

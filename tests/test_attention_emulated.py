@@ -39,7 +39,7 @@ Parts = structure(
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    library = compile_emulated("attention_mask", tmp_path_factory.mktemp("cuda"))
+    library = compile_emulated("attention_mask", tmp_path_factory)
     library.kd_attention_workspace.restype = ctypes.c_int64
     return library
 

@@ -97,6 +97,7 @@ def by_columns(x: Tensor, y: Tensor) -> Tensor:
     return across / torch.sqrt(product(x, x, 1 / norms_sq(x)) * product(y, y, 1 / norms_sq(y)))
 
 
+@pytest.mark.usefixtures("freed_memory_is_given_back")
 def test_cityscapes_setting() -> None:
     """The committed configuration: a Gram of all 155,648 columns would take 97 GB."""
     small = [v.detach().double().flatten(1) for v in maps((2, 3, 8, 9), (2, 3, 8, 9))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import needs_extension
+from conftest import needs_extension, same_for_any_threads
 from direction_checks import check, inputs
 from early_checks import called, check_early
 from hypothesis import given, settings
@@ -249,15 +249,8 @@ def test_gradient_larger_than_the_caches():
 
 def test_early_gradient_does_not_depend_on_threads():
     student, teacher, centers, labels = inputs(700, 300, 9)
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(
-            torch.ops.kdfast.direction_with_gradient(student, teacher, centers, labels, -100, True, 1.0)
-        )
-    torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    call = torch.ops.kdfast.direction_with_gradient
+    same_for_any_threads(lambda: call(student, teacher, centers, labels, -100, True, 1.0))
 
 
 def test_teacher_gradient_takes_two_calls():
@@ -284,9 +277,4 @@ def test_opcheck(labelled):
 
 def test_result_does_not_depend_on_threads():
     student, teacher, centers, labels = inputs(700, 300, 9)
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(direction(student, teacher, centers, labels, balanced=True))
-    torch.set_num_threads(threads)
-    assert results[0] == results[1] == results[2]
+    same_for_any_threads(lambda: [direction(student, teacher, centers, labels, balanced=True)])

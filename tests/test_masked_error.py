@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_as_accurate, needs_extension
+from conftest import assert_as_accurate, needs_extension, same_for_any_threads
 from early_checks import called, check_early
 from torch import Tensor
 
@@ -162,14 +162,7 @@ def test_gradcheck():
 
 def test_any_number_of_threads():
     x, y, mask = maps((3, 70, 30, 30))
-    threads, expected = torch.get_num_threads(), run(masked_error, x, y, mask)
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for found, same in zip(run(masked_error, x, y, mask), expected, strict=True):
-                assert torch.equal(found, same)
-    finally:
-        torch.set_num_threads(threads)
+    same_for_any_threads(lambda: run(masked_error, x, y, mask))
 
 
 def test_outputs_are_written_whole():

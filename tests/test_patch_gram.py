@@ -9,7 +9,7 @@ import sys
 import patch_memory
 import pytest
 import torch
-from conftest import assert_as_accurate, needs_extension
+from conftest import assert_as_accurate, made_once, needs_extension, same_for_any_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pcka_checks import check, maps, naive_pcka
@@ -235,16 +235,12 @@ def test_of_few_groups_all_or_none_are_saved() -> None:
 @pytest.mark.parametrize("average", [0, 1, 2])
 def test_same_bits_with_any_number_of_threads(average: int) -> None:
     x, y = maps((2, 48, 37, 30), (2, 48, 37, 30))
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            distance = patch_gram(x, y, Grid(8, 8, 5, 4, True, average), inter=True)[1]
-            found.append((distance, *torch.autograd.grad(distance.sum(), (x, y))))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+    def compute() -> tuple[torch.Tensor, ...]:
+        distance = patch_gram(x, y, Grid(8, 8, 5, 4, True, average), inter=True)[1]
+        return distance, *torch.autograd.grad(distance.sum(), (x, y))
+
+    same_for_any_threads(compute)
 
 
 # 256 channels at stride 16 of an 800 x 1344 image, resized; and whole patches. Extra memory beyond the gradient.
@@ -255,6 +251,7 @@ def test_same_bits_with_any_number_of_threads(average: int) -> None:
     [(4, (50, 84), 1.0), (4, (96, 160), 0.2), (2, (96, 160), 0.2)],
     ids=["resized", "whole", "two images"],
 )
+@pytest.mark.usefixtures("freed_memory_is_given_back")
 def test_memory(batch: int, size: tuple[int, int], share: float, average: str) -> None:
     """Below one resized copy; without a resize below 10 % of both maps (one copy is half of them)."""
     student, teacher = maps((batch, 256, *size), (batch, 256, *size))
@@ -267,10 +264,13 @@ def test_memory(batch: int, size: tuple[int, int], share: float, average: str) -
     assert found - student.numel() * 4 <= share * copy
 
 
-@pytest.fixture(scope="module")
-def shares_of_one_image() -> dict[str, float | None]:
-    done = subprocess.run([sys.executable, patch_memory.__file__], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout)
+@pytest.fixture(scope="session")
+def shares_of_one_image(tmp_path_factory) -> dict[str, float | None]:
+    with made_once(tmp_path_factory, "patch_memory.json") as file:
+        if not file.exists():
+            command = [sys.executable, patch_memory.__file__]
+            file.write_text(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return json.loads(file.read_text())
 
 
 # Whole patches of one image: the least input of which threads' workspaces may take a tenth.

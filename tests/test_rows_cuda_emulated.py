@@ -37,8 +37,7 @@ Direction = structure(
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cuda")
-    logits, direction = (compile_emulated(op, folder) for op in ("logits", "direction"))
+    logits, direction = (compile_emulated(op, tmp_path_factory) for op in ("logits", "direction"))
     logits.kd_logits_saved.restype = logits.kd_logits_values.restype = I64
     return {"logits": logits, "direction": direction}
 
