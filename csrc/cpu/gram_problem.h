@@ -320,6 +320,22 @@ class GramProblem {
     transform(side, g, count, tile);
   }
 
+  // y becomes x - y, centred where the sides are. In double: neither the sides' rounding when they are
+  // centred one by one nor that of a difference of means is left in it.
+  void subtract(int64_t count, const A* x, A* y) const {
+    const int64_t n = rows_[0], ld = ld_[0];
+    const auto difference = [&](int64_t at) {
+      return static_cast<double>(x[at]) - static_cast<double>(y[at]);
+    };
+    std::vector<double> means(count, 0.0);
+    for (int64_t r = 0; flags_.centered && r < n; ++r) {
+      for (int64_t c = 0; c < count; ++c) means[c] += difference(r * ld + c) / static_cast<double>(n);
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t c = 0; c < count; ++c) y[r * ld + c] = static_cast<A>(difference(r * ld + c) - means[c]);
+    }
+  }
+
   void transform(int side, int64_t g, int64_t count, A* tile) const {
     const int64_t at = g * view(side).rows;
     TileTransform<A> t{};
@@ -391,11 +407,11 @@ class GramProblem {
         const int64_t first = c * chunk_[s], count = std::min(chunk_[s], view(s).features - first);
         const int64_t width = round_up(count, k_.lanes);
         if (differ() && !cross_) {
-          // K - L = S D^T + D S^T with S = X - D / 2, the mean of the sides. D is centred, not the
-          // difference of what centring has rounded.
+          // K - L = S D^T + D S^T with S = X - D / 2, the mean of the sides.
           for (int side : {0, 1}) view(side).load(g, first, count, tile[side], ld_[side]);
-          k_.add_tiles(tile[0], 1, tile[1], -1, rows_[0], ld_[0], width, tile[1]);
-          for (int side : {0, 1}) transform(side, g, count, tile[side]);
+          subtract(count, tile[0], tile[1]);
+          transform(0, g, count, tile[0]);
+          k_.transform({}, rows_[1], count, tile[1], ld_[1], width, padded_[1]);  // what lies around it
           product(0, 0, width, xx(matrices));
           k_.add_tiles(tile[0], 1, tile[1], A(-0.5), rows_[0], ld_[0], width, tile[0]);
           product(0, 1, width, yy(matrices), true), product(1, 0, width, yy(matrices), true);
