@@ -26,7 +26,8 @@ class Baseline:
 
     Args:
         fn: inputs -> scalar loss, of the same value as the case's.
-        tolerance: largest relative error of value and gradients against float64 with which it is still timed.
+        tolerance: relative error of value and gradients against float64 with which it is still timed, even where eager
+            is more exact.
         memory: bytes of temporaries; where the device has less, the case is reported as not run.
     """
 
@@ -92,7 +93,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a case. ``tolerance`` None: twice the error of eager in the same dtype."""
+    """One way to compute a case. ``tolerance``: an error with which it is timed, whatever eager's is (measure.py)."""
 
     name: str
     fn: Callable[..., Tensor]

@@ -10,7 +10,7 @@ import kdfast
 from benchmarks import ceilings, memory, report, sweep
 from benchmarks import measure as measure_module
 from benchmarks.__main__ import main
-from benchmarks.case import Baseline, Case, pair
+from benchmarks.case import Baseline, Case, Provider, pair
 from benchmarks.cases import HEADLINES, select
 from benchmarks.cases.affinity import _by_sorting
 from benchmarks.ceilings import Ceilings
@@ -215,6 +215,51 @@ def test_published_forms_agree(name):
     with kdfast.use_backend("reference"):
         expected = case.loss(student, teacher).item()
     assert case.baselines["naive"].fn(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+def _added_in_turn(x):
+    """Sum of squares, one addition after another: in float32, but not as exact as a cascade of sums."""
+    total = x.new_zeros(())
+    for square in x.square().unbind():
+        total = total + square
+    return total
+
+
+def _rounded(x):
+    """The sum of squares of what TF32 keeps of x: ten bits; its gradient is that of x."""
+    bits = x.detach().view(torch.int32)
+    kept = ((bits + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+    return (x + (kept - x).detach()).square().sum()
+
+
+def test_an_alternative_may_add_in_any_order_but_not_round():
+    """Nor may kdfast's own kernels do either."""
+    case = Case(
+        family="t",
+        name="t",
+        source="t",
+        loss=lambda x: x.square().sum(),
+        make=lambda device, seed: [10 + torch.rand(1 << 14, generator=torch.Generator().manual_seed(seed))],
+        bytes=1,
+        flops=1,
+    )
+    inputs = case.inputs(CPU)
+    truth, bounds = measure_module._truth(case, inputs, CPU)
+
+    def status(name, fn, **more):
+        row = {"status": "ok"}
+        provider = Provider(name, fn, **more)
+        measure_module._check(provider, inputs, truth, measure_module._allowed(provider, bounds), CPU, row)
+        return row["status"]
+
+    assert status("compile", _added_in_turn) == "ok"
+    assert status("cpu", _added_in_turn) == "wrong"
+    for name in ("compile", "cpu"):
+        assert status(name, case.loss) == "ok"
+        assert status(name, _rounded) == "wrong"
+    # A tolerance admits, it never refuses what is as exact as eager.
+    assert status("naive", _rounded, tolerance=1e-2) == "ok"
+    assert status("naive", case.loss, tolerance=1e-12) == "ok"
 
 
 @pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.01, "wrong")])

@@ -317,6 +317,43 @@ def test_early_gradient_is_that_of_two_calls(flags: tuple) -> None:
     )
 
 
+# Draws: where nearly equal sides leave little of their products, a few would pass by luck.
+@pytest.mark.parametrize("flags", [f for f in EARLY_FLAGS if COMPARISONS[f[0]] == "difference"], ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (33, 17)])
+def test_difference_of_nearly_equal_sides(shape: tuple[int, int], flags: tuple) -> None:
+    for seed in range(40):
+        torch.manual_seed(seed)
+        teacher = torch.randn(shape)
+        student = teacher + 1e-3 * torch.randn(shape)
+        for layout in (0, 1):
+            check_early_op(student, teacher, layout, flags, (1.0, 0.0))
+        views = module.view(student, "samples"), module.view(teacher, "samples")
+        check(*views, flags, save=not flags[2])  # both gradients
+        if not flags[2]:  # not a rounding of the sides, as that of unit rows is
+            found, exact = (
+                torch.ops.kdfast.gram(*v, *flags, False)[1] for v in (views, [v.double() for v in views])
+            )
+            torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
+
+
+# One side small beside the other, whose rounding is then as large; a copy; features in another order in memory.
+@pytest.mark.parametrize(
+    "flags", [f for f in FLAGS if COMPARISONS[f[0]] == "difference" and not f[2]], ids=str
+)
+def test_difference_of_unlike_sides(flags: tuple) -> None:
+    other = torch.randn(2, 6, 1, 2, 3, 4)
+    for factor in (1e-3, 1.0, 10.0):
+        check(factor * torch.randn_like(other), other, flags, save=True)
+    check(other.clone(), other, flags, save=True)
+    turned = (other + 1e-3 * torch.randn_like(other)).transpose(3, 5).contiguous().transpose(3, 5)
+    check(turned, other, flags, save=True)
+    _, distance, _ = torch.ops.kdfast.gram(turned, other, *flags, False)
+    _, exact, _ = torch.ops.kdfast.gram(turned.double(), other.double(), *flags, False)
+    torch.testing.assert_close(distance.double(), exact, rtol=1e-3, atol=0)
+    # Equally many features that do not pair up.
+    check(other, other.reshape(2, 6, 1, 4, 3, 2), flags, save=True)
+
+
 def test_early_distance_of_nearly_equal_inputs() -> None:
     """1e-8 of the norms, which a difference of products in float32 does not see."""
     teacher = torch.randn(64, 40) + 3

@@ -40,7 +40,8 @@ GramFlags gram_flags(int64_t compare, bool centered, bool cosine, bool inter, bo
            "gram: no feature side for comparison ", compare);
   KD_CHECK(!(feature_side && cosine && centered),
            "gram: the feature side of centred unit rows is not implemented");
-  return {c, centered, cosine, inter, feature_side};
+  // U-centred Grams do not depend on the features' means, which would cost them digits.
+  return {c, centered || c == Compare::unbiased, cosine, inter, feature_side};
 }
 
 int64_t saved_elements(int64_t n, int64_t dx, int64_t dy, bool inter, bool feature_side) {
@@ -82,9 +83,7 @@ GramAxes axes_of(const Tensor& x, Layout layout) {
 template <class A>
 void with_gradient(const GramAxes& x, const GramAxes& y, const GramAxes& gradient, const GramFlags& flags,
                    const double (&weights)[2], Tensor& loss) {
-  const GramProblem<A> problem(
-      view_sides<A>(x, y, &gradient, nullptr, flags.inter || flags.feature_side, flags.feature_side),
-      x.size(0), flags);
+  const GramProblem<A> problem(view_sides<A>(x, y, &gradient, nullptr, flags), x.size(0), flags);
   *static_cast<A*>(loss.data_ptr()) = static_cast<A>(run_with_gradient(problem, weights));
 }
 

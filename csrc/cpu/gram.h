@@ -41,7 +41,8 @@ struct CompareArgs {
   bool centered;
   int64_t n, ld;
   A* k;                  // [n, ld], transformed in place
-  A* l;                  // [n, ld]
+  A* l;                  // [n, ld]; or K - L, where `differ`
+  bool differ;           // of `difference` only
   double gradient;       // of the distance
   double gxy, gxx, gyy;  // of the products
 };
@@ -62,6 +63,8 @@ struct GramKernels {
   // rows of out.
   void (*products)(const A* a, int64_t a_rows, int64_t ld_a, const A* b, int64_t b_rows, int64_t ld_b,
                    int64_t width, bool symmetric, int64_t part, int64_t parts, A* out, int64_t ld_out);
+  // out = alpha a + beta b, all tiles; out may be one of them.
+  void (*add_tiles)(const A* a, A alpha, const A* b, A beta, int64_t rows, int64_t ld, int64_t width, A* out);
   // m -= a b^T.
   void (*subtract_outer)(A* m, int64_t rows, int64_t columns, int64_t ld, const A* a, const A* b);
   // Repacks scale * m [rows, columns] for mix.
@@ -91,6 +94,9 @@ struct GramKernels {
   // Completes XX from its upper triangle.
   void (*mirror)(A* m, int64_t n, int64_t ld);
   double (*norm_sq)(const A* m, int64_t rows, int64_t columns, int64_t ld);
+  // From X^T X, D^T D and X^T D [n, ld] with D = X - Y: products[3] of the Grams of X and Y, and |K - L|^2.
+  double (*difference_products)(const A* xx, const A* dd, const A* xd, int64_t n, int64_t ld,
+                                double* products);
   // intra = gram + features * r r^T, inter = gram + what the tile's last row, the column means, contributes
   // (n + 1 rows).
   void (*rank_one_updates)(const A* gram, int64_t n, int64_t ld, const A* r, int64_t features, A* intra,

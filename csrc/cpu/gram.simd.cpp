@@ -7,6 +7,7 @@
 #include "cpu/gram.h"
 
 #include "cpu/gram_compare.h"
+#include "cpu/gram_difference.h"
 #include "cpu/gram_triangle.h"
 #include "cpu/simd.h"
 
@@ -244,6 +245,15 @@ void products(const A* a, int64_t a_rows, int64_t ld_a, const A* b, int64_t b_ro
 }
 
 template <class A>
+void add_tiles(const A* a, A alpha, const A* b, A beta, int64_t rows, int64_t ld, int64_t width, A* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r * ld; c < r * ld + width; c += kLanes<A>) {
+      store_vec(out + c, alpha * load_vec(a + c) + beta * load_vec(b + c));
+    }
+  }
+}
+
+template <class A>
 void subtract_outer(A* m, int64_t rows, int64_t columns, int64_t ld, const A* a, const A* b) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) m[i * ld + j] -= a[i] * b[j];
@@ -347,6 +357,7 @@ constexpr GramKernels<A> table() {
           .transform = transform_tile<A>,
           .row_sums = row_sums<A>,
           .products = products<A>,
+          .add_tiles = add_tiles<A>,
           .subtract_outer = subtract_outer<A>,
           .pack_mix = pack_mix<A>,
           .mix = mix<A>,
@@ -358,6 +369,7 @@ constexpr GramKernels<A> table() {
           .pack_triangles = pack_triangles<A, kMixRows>,
           .mirror = mirror<A>,
           .norm_sq = norm_sq<A>,
+          .difference_products = difference_products<A>,
           .rank_one_updates = rank_one_updates<A>,
           .update_cross = update_cross<A>,
           .add_inter = add_inter<A>,

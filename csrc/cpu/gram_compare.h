@@ -191,6 +191,10 @@ Products transform(const CompareArgs<A>& c, double* scratch) {
     p.xx += dot(k, k, c.n);
     p.yy += dot(l, l, c.n);
   }
+  if (c.differ) {  // so far L was K - L
+    const double cross = p.xy;
+    p.xy = p.xx - cross, p.yy += p.xx - 2 * cross;
+  }
   return p;
 }
 
@@ -231,6 +235,7 @@ double distance_of(const CompareArgs<A>& c, const Products& p) {
       return (m - t) * (m - t) / 2;
     }
     case Compare::difference:
+      if (c.differ) return norm_sq(c.l, c.n, c.n, c.ld) / (n * n);
       for (int64_t i = 0; i < c.n; ++i) d += distance_sq(c.k + i * c.ld, A(1), c.l + i * c.ld, A(1), c.n);
       return d / (n * n);
   }
@@ -343,6 +348,7 @@ void compare_backward(const CompareArgs<A>& c, A* gx, A* gy, double* distance) {
   if (c.compare == Compare::difference) {
     const double scale = 4 * c.gradient / (n * n);
     for (int s = 0; s < 2; ++s) own[s] = scale, cross[s] = -scale;
+    if (c.differ) own[0] = cross[1] = 0, cross[0] = scale, own[1] = -scale;
   } else if (c.compare == Compare::mean) {
     double inverse[2], mean[2];  // 1 / |K|; N times the mean of K / |K|
     A* const grams[2] = {c.k, c.l};

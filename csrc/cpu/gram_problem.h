@@ -51,7 +51,7 @@ class GramProblem {
     offset_[2] = offset_[1] + padded_[1] * padded_[1];
     elements_ = offset_[2] + (cross_ ? padded_[0] * padded_[1] : 0);
     for (int s : {0, 1}) chunk_[s] = chunk_size(padded_[s], view(s));
-    if (cross_) chunk_[0] = chunk_[1] = std::min(chunk_[0], chunk_[1]);
+    if (cross_ || differ()) chunk_[0] = chunk_[1] = std::min(chunk_[0], chunk_[1]);
     for (int s : {0, 1}) ld_[s] = tile_ld(chunk_[s]);
     if (measures_ || !measures_rows(flags)) return;
     measures_ = std::make_shared<RowMeasures<A>>();
@@ -83,6 +83,8 @@ class GramProblem {
   const TileSource<A>& view(int side) const { return *sides_.inputs[side]; }
   bool extended() const { return extend_; }
   bool cross() const { return cross_; }
+  // Whether, with D = X - Y, YY is D D^T and XY is X D^T (feature side), or YY is K - L.
+  bool differ() const { return sides_.differ; }
   bool wants(int side) const { return sides_.gradients[side] != nullptr; }
   int64_t rows(int side) const { return rows_[side]; }      // of a tile: the view's, and one of column means
   int64_t padded(int side) const { return padded_[side]; }  // leading dimension of the matrices
@@ -248,10 +250,18 @@ class GramProblem {
     const int64_t first = chunk * gradient_chunk(side),
                   count = std::min(gradient_chunk(side), view(side).features - first);
     const int64_t n = view(side).rows, width = round_up(count, k_.lanes);
+    const auto add_theirs = [&](A by_mine, A by_theirs, A* to) {
+      k_.add_tiles(mine, by_mine, theirs, by_theirs, n, ld_[side], width, to);
+    };
     pack(side, g, first, count, mine);
+    const bool differs = m.other && differ();
+    if (differs) {  // X - Y in the place of X
+      pack(1 - side, g, first, count, theirs);
+      side ? add_theirs(-1, 1, theirs) : add_theirs(1, -1, mine);
+    }
     k_.mix(m.own, n, rows_[side], mine, ld_[side], width, false, out);
     if (m.other) {
-      pack(1 - side, g, first, count, theirs);
+      if (!differs) pack(1 - side, g, first, count, theirs);
       k_.mix(m.other, n, rows_[1 - side], theirs, ld_[side], width, true, out);
     }
     if (m.bias) {
@@ -259,6 +269,7 @@ class GramProblem {
         for (int64_t c = 0; c < count; ++c) out[r * ld_[side] + c] += m.bias[r];
       }
     }
+    if (differs && !side && scales_columns()) add_theirs(1, 1, mine);  // X again
     if (scales_columns()) k_.project_columns(out, mine, ld_[side], width, n, column_scale(side, mine));
     sides_.gradients[side]->store(g, first, count, out, ld_[side]);
   }
@@ -269,8 +280,7 @@ class GramProblem {
     std::optional<GramAxes> to_x, to_y;
     if (grad_x) to_x.emplace(*grad_x);
     if (grad_y) to_y.emplace(*grad_y);
-    return view_sides<A>(x, y, to_x ? &*to_x : nullptr, to_y ? &*to_y : nullptr,
-                         flags.inter || flags.feature_side, flags.feature_side);
+    return view_sides<A>(x, y, to_x ? &*to_x : nullptr, to_y ? &*to_y : nullptr, flags);
   }
   bool scales_columns() const { return flags_.feature_side && flags_.cosine; }
   bool centers_rows() const { return flags_.centered && cross_; }
@@ -306,6 +316,29 @@ class GramProblem {
   // null.
   void pack(int side, int64_t g, int64_t first, int64_t count, A* tile, double* sums = nullptr) const {
     const int64_t at = g * view(side).rows;
+    view(side).load(g, first, count, tile, ld_[side]);
+    if (sums) add_row_sums(side, first == 0, count, tile, measures_->ref[side].data() + at, sums);
+    transform(side, g, count, tile);
+  }
+
+  // y becomes x - y, centred where the sides are. In double: neither the sides' rounding when they are
+  // centred one by one nor that of a difference of means is left in it.
+  void subtract(int64_t count, const A* x, A* y) const {
+    const int64_t n = rows_[0], ld = ld_[0];
+    const auto difference = [&](int64_t at) {
+      return static_cast<double>(x[at]) - static_cast<double>(y[at]);
+    };
+    std::vector<double> means(count, 0.0);
+    for (int64_t r = 0; flags_.centered && r < n; ++r) {
+      for (int64_t c = 0; c < count; ++c) means[c] += difference(r * ld + c) / static_cast<double>(n);
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t c = 0; c < count; ++c) y[r * ld + c] = static_cast<A>(difference(r * ld + c) - means[c]);
+    }
+  }
+
+  void transform(int side, int64_t g, int64_t count, A* tile) const {
+    const int64_t at = g * view(side).rows;
     TileTransform<A> t{};
     if (norms()) t.row_scale = measures_->scale[side].data() + at;
     if (centers_rows())
@@ -313,8 +346,6 @@ class GramProblem {
     if (scales_columns()) t.column_scale = column_scale(side, tile);
     t.center = flags_.centered && !flags_.feature_side;
     t.extend = extend_;
-    view(side).load(g, first, count, tile, ld_[side]);
-    if (sums) add_row_sums(side, first == 0, count, tile, measures_->ref[side].data() + at, sums);
     k_.transform(t, view(side).rows, count, tile, ld_[side], round_up(count, k_.lanes), padded_[side]);
   }
 
@@ -334,6 +365,7 @@ class GramProblem {
   // their last row): their row sums are D e, so that the Grams of t - e 1^T are those of t less D e e^T. The
   // means of the first tile are the reference, hence D e e^T is at most D / chunk of what remains.
   void center_rows(int64_t g, const std::vector<double>* sums, A* matrices) const {
+    std::vector<double> beyonds[2];
     std::vector<A> e[2], scaled[2];
     for (int s : {0, 1}) {
       const int64_t n = view(s).rows;
@@ -343,7 +375,13 @@ class GramProblem {
       for (int64_t r = 0; r < n; ++r) shift += extend_ ? sums[s][r] / features / static_cast<double>(n) : 0;
       for (int64_t r = 0; r < rows_[s]; ++r) {
         if (r < n) mean[r] = static_cast<A>(sums[s][r] / features);
-        const double beyond = r < n ? sums[s][r] / features - shift : shift;
+        beyonds[s].push_back(r < n ? sums[s][r] / features - shift : shift);
+      }
+    }
+    for (int64_t r = 0; differ() && r < rows_[1]; ++r) beyonds[1][r] = beyonds[0][r] - beyonds[1][r];
+    for (int s : {0, 1}) {
+      const double features = static_cast<double>(view(s).features);
+      for (double beyond : beyonds[s]) {
         e[s].push_back(static_cast<A>(beyond)), scaled[s].push_back(static_cast<A>(features * beyond));
       }
     }
@@ -359,20 +397,32 @@ class GramProblem {
     std::vector<double> sums[2];
     for (int s : {0, 1}) sums[s].assign(measures_late_ ? view(s).rows : 0, 0.0);
     const auto sums_of = [&](int s) { return measures_late_ ? sums[s].data() : nullptr; };
-    const auto product = [&](int a, int b, int64_t width, A* out) {
-      k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, a == b, part, parts, out,
-                  padded_[b]);
+    const auto product = [&](int a, int b, int64_t width, A* out, bool triangle = false) {
+      k_.products(tile[a], rows_[a], ld_[a], tile[b], rows_[b], ld_[b], width, triangle || a == b, part,
+                  parts, out, padded_[b]);
     };
     for (int s : {0, 1}) {
-      if (cross_ && s == 1) break;  // both sides go together
+      if ((cross_ || differ()) && s == 1) break;  // both sides go together
       const int64_t chunks = chunks_of(s);
       for (int64_t c = chunks * split / splits; c < chunks * (split + 1) / splits; ++c) {
         const int64_t first = c * chunk_[s], count = std::min(chunk_[s], view(s).features - first);
         const int64_t width = round_up(count, k_.lanes);
+        if (differ() && !cross_) {
+          // K - L = S D^T + D S^T with S = X - D / 2, the mean of the sides.
+          for (int side : {0, 1}) view(side).load(g, first, count, tile[side], ld_[side]);
+          subtract(count, tile[0], tile[1]);
+          transform(0, g, count, tile[0]);
+          k_.transform({}, rows_[1], count, tile[1], ld_[1], width, padded_[1]);  // what lies around it
+          product(0, 0, width, xx(matrices));
+          k_.add_tiles(tile[0], 1, tile[1], A(-0.5), rows_[0], ld_[0], width, tile[0]);
+          product(0, 1, width, yy(matrices), true), product(1, 0, width, yy(matrices), true);
+          continue;
+        }
         pack(s, g, first, count, tile[s], sums_of(s));
         product(s, s, width, matrices + (s ? offset_[1] : 0));
         if (!cross_) continue;
         pack(1, g, first, count, tile[1], sums_of(1));
+        if (differ()) k_.add_tiles(tile[0], 1, tile[1], -1, rows_[0], ld_[0], width, tile[1]);
         product(1, 1, width, yy(matrices));
         product(0, 1, width, xy(matrices));
       }

@@ -3,7 +3,7 @@
 // From the small matrices of a group to distances, and from gradients of those to what multiplies the tiles.
 // Formulas: kdfast/reference/gram.py.
 
-#include "cpu/gram_problem.h"
+#include "cpu/gram_features.h"
 
 namespace kd {
 
@@ -15,37 +15,6 @@ GramFlags gram_flags(int64_t compare, bool centered, bool cosine, bool inter, bo
 
 // Elements that for_saved_rows() keeps of a group with n rows, dx and dy features.
 int64_t saved_elements(int64_t n, int64_t dx, int64_t dy, bool inter, bool feature_side);
-
-// What a loss term is given and asked for: gradients of products (xy, xx, yy) and distance.
-struct TermGradient {
-  double xy, xx, yy, distance;
-};
-
-// Products and distance from squared norms: the side that is not N x N.
-struct NormTerm {
-  double xy, xx, yy;
-  bool empty() const { return xx == 0 || yy == 0; }
-  double similarity() const { return empty() ? 0 : xy / (std::sqrt(xx) * std::sqrt(yy)); }
-  double distance(Compare compare, double n) const {
-    if (compare == Compare::difference) return std::max(0.0, (xx + yy - 2 * xy) / (n * n));
-    return empty() ? 1.0 : std::max(0.0, 1 - similarity());
-  }
-  // Factors of M Y, K X (for dX) and M^T X, L Y (for dY).
-  struct Factors {
-    double cross, own_x, own_y;
-  };
-  Factors gradient(Compare compare, double n, const TermGradient& g) const {
-    Factors f{2 * g.xy, 4 * g.xx, 4 * g.yy};
-    if (compare == Compare::difference) {
-      f.cross -= 4 * g.distance / (n * n), f.own_x += 4 * g.distance / (n * n),
-          f.own_y += 4 * g.distance / (n * n);
-    } else if (!empty()) {
-      const double scale = 2 * g.distance / (std::sqrt(xx) * std::sqrt(yy));
-      f.cross -= scale, f.own_x += scale * xy / xx, f.own_y += scale * xy / yy;
-    }
-    return f;
-  }
-};
 
 // The matrices of one group for both terms. Centred: the tiles are doubly centred and have their column means
 // as last row; intra Grams get the row means back, inter ones the column means (both rank-one updates).
@@ -87,8 +56,8 @@ class PairTerms {
 
 template <class A>
 CompareArgs<A> arguments(const GramProblem<A>& p, A* k, A* l, const TermGradient& g = {}) {
-  return {
-      p.flags().compare, p.flags().centered, p.view(0).rows, p.padded(0), k, l, g.distance, g.xy, g.xx, g.yy};
+  return {p.flags().compare, p.flags().centered, p.view(0).rows, p.padded(0), k,   l,
+          p.differ(),        g.distance,         g.xy,           g.xx,        g.yy};
 }
 
 // Two Grams of which the upper triangles are at hand, compared by `cka`. Threads share the rows: the first
@@ -144,14 +113,6 @@ class Triangles {
   A *k_, *l_;
 };
 
-template <class A>
-NormTerm feature_term(const GramProblem<A>& p, A* matrices) {
-  const int64_t dx = p.view(0).rows, dy = p.view(1).rows;
-  const auto norm_sq = p.kernels_table().norm_sq;
-  return {norm_sq(p.xy(matrices), dx, dy, p.padded(1)), norm_sq(p.xx(matrices), dx, dx, p.padded(0)),
-          norm_sq(p.yy(matrices), dy, dy, p.padded(1))};
-}
-
 // Group g of products [terms, 3, groups] and distance [terms, groups].
 template <class A>
 void forward_group(const GramProblem<A>& p, int64_t g, A* matrices, A* to_products, A* to_distance) {
@@ -161,7 +122,7 @@ void forward_group(const GramProblem<A>& p, int64_t g, A* matrices, A* to_produc
     distance[term] = t.distance(p.flags().compare, n);
   };
   if (p.flags().feature_side) {
-    set(0, feature_term(p, matrices), static_cast<double>(p.features(0)));
+    distance[0] = compare_features(p, matrices, products);
   } else if (p.flags().inter) {
     const PairTerms<A> terms(p, g, matrices);
     distance[0] = p.kernels_table().compare(arguments(p, terms.gram(0), terms.gram(1)), products);
@@ -188,25 +149,6 @@ struct PlacedMix {
   typename GramProblem<A>::Mix get(int side) const { return sides[side]; }
 };
 
-// What write_gradient needs for one group.
-template <class A>
-struct GroupMix {
-  std::unique_ptr<Buffer<A>> own[2], other[2], bias[2];
-  typename GramProblem<A>::Mix get(int side) const {
-    const auto pointer = [](const std::unique_ptr<Buffer<A>>& b) { return b ? b->get() : nullptr; };
-    return {pointer(own[side]), pointer(other[side]), pointer(bias[side])};
-  }
-};
-
-template <class A>
-std::unique_ptr<Buffer<A>> packed(const GramProblem<A>& p, int side, int from, const A* m, int64_t row_stride,
-                                  int64_t column_stride = 1, double scale = 1) {
-  auto buffer = std::make_unique<Buffer<A>>(p.mix_elements(side, from));
-  p.kernels_table().pack_mix(m, row_stride, column_stride, scale, p.view(side).rows, p.rows(from),
-                             buffer->get());
-  return buffer;
-}
-
 // A matrix for each side whose gradient is wanted, else null.
 template <class A>
 class SideGrams {
@@ -221,25 +163,6 @@ class SideGrams {
  private:
   std::unique_ptr<Buffer<A>> grams_[2];
 };
-
-template <class A>
-GroupMix<A> feature_mix(const GramProblem<A>& p, A* matrices, const TermGradient& g, double* distance) {
-  const int64_t samples = p.features(0), ldx = p.padded(0), ldy = p.padded(1);
-  const NormTerm term = feature_term(p, matrices);
-  if (distance) *distance = term.distance(p.flags().compare, static_cast<double>(samples));
-  auto f = term.gradient(p.flags().compare, static_cast<double>(samples), g);
-  if (p.flags().centered && samples <= 2) f = {0, 0, 0};
-  GroupMix<A> mix;
-  if (p.wants(0)) {
-    mix.own[0] = packed(p, 0, 0, p.xx(matrices), ldx, 1, f.own_x);
-    mix.other[0] = packed(p, 0, 1, p.xy(matrices), ldy, 1, f.cross);
-  }
-  if (p.wants(1)) {
-    mix.own[1] = packed(p, 1, 1, p.yy(matrices), ldy, 1, f.own_y);
-    mix.other[1] = packed(p, 1, 0, p.xy(matrices), 1, ldy, f.cross);
-  }
-  return mix;
-}
 
 // Intra: G1 X. Inter: own K Xr + cross M Yr. With the tile's last row, the column means, Xr = Xd + 1 mean^T.
 template <class A>

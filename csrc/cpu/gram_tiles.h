@@ -9,6 +9,7 @@
 
 #include "common/isa.h"
 #include "cpu/gram.h"
+#include "cpu/gram_plan.h"
 #include "cpu/gram_views.h"
 
 namespace kd {
@@ -55,14 +56,22 @@ class ViewTiles : public TileSource<A> {
 template <class A>
 struct GramSides {
   std::unique_ptr<TileSource<A>> inputs[2], gradients[2];
+  // K - L is computed from X - Y, not as the difference of what nearly equal sides make equal. Not from rows
+  // of unit length on the Gram side: their own rounding is as large, and their projection needs both Grams.
+  bool differ = false;
 };
 
-// Of [G, R1, R2, F1, F2, F3]. together: both sides' features are multiplied with one another.
+// Of [G, R1, R2, F1, F2, F3].
 template <class A>
 GramSides<A> view_sides(const GramAxes& x, const GramAxes& y, const GramAxes* grad_x, const GramAxes* grad_y,
-                        bool together, bool transposed) {
+                        const GramFlags& flags) {
   const GramAxes* all[2][2] = {{&x, grad_x}, {&y, grad_y}};
+  const bool transposed = flags.feature_side;
   GramSides<A> sides;
+  sides.differ = flags.compare == Compare::difference && (flags.feature_side || !flags.cosine);
+  for (int a = 3; a < 6; ++a) sides.differ &= x.size(a) == y.size(a);
+  // Whether both sides' features are multiplied with one another.
+  const bool together = flags.inter || flags.feature_side || sides.differ;
   std::vector<const GramAxes*> tensors;
   std::vector<std::unique_ptr<TileSource<A>>*> targets;
   const auto make = [&] {
