@@ -26,12 +26,12 @@ struct GramView {
 // How a tile of `rows` x `columns` relates to the side's values.
 template <class A>
 struct TileTransform {
-  const A* row_scale;  // [rows] or null: first, times
-  const A* row_ref;    // [rows] or null: then minus a reference value of the row ...
-  const A* row_mean;   // ... and minus the mean of what is left
-  A* column_scale;     // [columns] or null: out, 1 / |column|; the tile is scaled by it
-  bool center;         // then minus each column's mean over the rows
-  bool extend;         // append the column means as row `rows`
+  const A* row_norm;  // [rows] or null: first, divided by
+  const A* row_ref;   // [rows] or null: then minus a reference value of the row ...
+  const A* row_mean;  // ... and minus the mean of what is left
+  A* column_scale;    // [columns] or null: out, 1 / |column|; the tile is scaled by it
+  bool center;        // then minus each column's mean over the rows
+  bool extend;        // append the column means as row `rows`
 };
 
 // Small matrices of one group, row-major with leading dimension `ld`.

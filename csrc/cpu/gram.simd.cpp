@@ -156,8 +156,8 @@ void transform_tile(const TileTransform<A>& t, int64_t rows, int64_t count, A* t
                     int64_t width, int64_t padded_rows) {
   for (int64_t r = 0; r < rows; ++r) {
     A* row = tile + r * ld;
-    if (t.row_scale) {
-      for (int64_t c = 0; c < count; ++c) row[c] *= t.row_scale[r];
+    if (t.row_norm) {  // divided, so that rows of one feature become exactly 1 or -1
+      for (int64_t c = 0; c < count; ++c) row[c] /= t.row_norm[r];
     }
     if (t.row_ref) {
       for (int64_t c = 0; c < count; ++c) row[c] = row[c] - t.row_ref[r] - t.row_mean[r];

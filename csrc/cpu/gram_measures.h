@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace kd {
@@ -12,17 +13,18 @@ namespace kd {
 // or several blocks of features.
 template <class A>
 struct RowMeasures {
-  std::vector<A> scale[2], ref[2], mean[2];
-  std::vector<double> sum[2], sum_sq[2];  // while gathering
+  std::vector<A> norm[2], ref[2], mean[2];  // the norm of a row of zeros is infinite
+  std::vector<double> sum[2], sum_sq[2];    // while gathering
   int64_t features[2] = {0, 0};
 
   void finish(bool norms) {
+    constexpr A kInfinity = std::numeric_limits<A>::infinity();
     for (int s : {0, 1}) {
       const size_t total = sum[s].size();
-      mean[s].resize(total), scale[s].assign(norms ? total : 0, A(1));
+      mean[s].resize(total), norm[s].assign(norms ? total : 0, A(1));
       for (size_t i = 0; i < total; ++i) {
         mean[s][i] = features[s] ? static_cast<A>(sum[s][i] / static_cast<double>(features[s])) : A(0);
-        if (norms) scale[s][i] = sum_sq[s][i] > 0 ? static_cast<A>(1 / std::sqrt(sum_sq[s][i])) : A(0);
+        if (norms) norm[s][i] = sum_sq[s][i] > 0 ? static_cast<A>(std::sqrt(sum_sq[s][i])) : kInfinity;
       }
       sum[s] = {}, sum_sq[s] = {};
     }

@@ -92,9 +92,7 @@ class GramProblem {
   A* xx(A* matrices) const { return matrices; }
   A* yy(A* matrices) const { return matrices + offset_[1]; }
   A* xy(A* matrices) const { return matrices + offset_[2]; }  // [x rows, y rows], leading dimension padded(1)
-  const A* row_scale(int side, int64_t g) const {
-    return measures_->scale[side].data() + g * view(side).rows;
-  }
+  const A* row_norm(int side, int64_t g) const { return measures_->norm[side].data() + g * view(side).rows; }
   double row_mean(int side, int64_t g, int64_t row) const {
     const int64_t at = g * view(side).rows + row;
     return static_cast<double>(measures_->ref[side][at]) + static_cast<double>(measures_->mean[side][at]);
@@ -296,7 +294,8 @@ class GramProblem {
   }
 
   int64_t chunk_size(int64_t padded_rows, const TileSource<A>& v) const {
-    const int64_t row = std::max<int64_t>(padded_rows, 1) * static_cast<int64_t>(sizeof(A));  // 0 of no samples
+    const int64_t row =
+        std::max<int64_t>(padded_rows, 1) * static_cast<int64_t>(sizeof(A));  // 0 of no samples
     const int64_t fit = kTileBytes / row / k_.lanes * k_.lanes;
     const bool splits = groups_ < kManyGroups && allowed_splits() > 1;
     const int64_t share = splits ? round_up(ceil_div(v.features, kTasks), k_.lanes) : kMaxChunk;
@@ -340,7 +339,7 @@ class GramProblem {
   void transform(int side, int64_t g, int64_t count, A* tile) const {
     const int64_t at = g * view(side).rows;
     TileTransform<A> t{};
-    if (norms()) t.row_scale = measures_->scale[side].data() + at;
+    if (norms()) t.row_norm = measures_->norm[side].data() + at;
     if (centers_rows())
       t.row_ref = measures_->ref[side].data() + at, t.row_mean = measures_->mean[side].data() + at;
     if (scales_columns()) t.column_scale = column_scale(side, tile);

@@ -213,18 +213,19 @@ GroupMix<A> gram_mix(const GramProblem<A>& p, int64_t group, A* matrices, const 
     if (!p.wants(s)) continue;
     A* g = sides.get(s);
     if (p.flags().cosine) {
-      const A *gram = s ? p.yy(grams.get()) : p.xx(grams.get()), *u = p.row_scale(s, group);
+      const A *gram = s ? p.yy(grams.get()) : p.xx(grams.get()), *norm = p.row_norm(s, group);
       for (int64_t i = 0; i < n; ++i) {
         // x_i . Z_i = sum_j G_ij x_i . xc_j; the uncentred x_i is xc_i plus the mean, which is the tile's
         // last row.
         double q = 0;
+        const A u = 1 / norm[i];
         for (int64_t j = 0; j < n; ++j) {
           const double mean_part = p.extended() ? static_cast<double>(gram[j * ld + n]) : 0.0;
           q += static_cast<double>(g[i * ld + j]) * (static_cast<double>(gram[i * ld + j]) + mean_part);
         }
-        for (int64_t j = 0; j < n; ++j) g[i * ld + j] *= u[i];
-        g[i * ld + i] -= static_cast<A>(q) * u[i];
-        if (p.extended()) g[i * ld + n] = static_cast<A>(-q) * u[i];
+        for (int64_t j = 0; j < n; ++j) g[i * ld + j] *= u;
+        g[i * ld + i] -= static_cast<A>(q) * u;
+        if (p.extended()) g[i * ld + n] = static_cast<A>(-q) * u;
       }
     }
     mix.own[s] = packed(p, s, s, g, ld);

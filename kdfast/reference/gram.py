@@ -158,18 +158,28 @@ def _unit(k: Tensor) -> Tensor:
     return k * torch.where(scale == 0, 1.0, norm_sq).rsqrt()
 
 
+def _row_scales(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A constant of each row's size and its inverse norm when divided by it, each [G, N, 1]; 0 for a zero row."""
+    scale = x.detach().abs().amax(-1, keepdim=True)
+    safe = torch.where(scale == 0, 1.0, scale)
+    norm_sq = (x / safe).square().sum(-1, keepdim=True)
+    return safe, torch.where(scale == 0, 0.0, torch.where(scale == 0, 1.0, norm_sq).rsqrt())
+
+
 def _inverse_norm(x: Tensor) -> Tensor:
     """1 / |x_i| of each row [G, N, 1]; 0 for a zero row."""
     if x.shape[-1] == 0:
         return x.new_zeros(*x.shape[:-1], 1)
-    scale = x.detach().abs().amax(-1, keepdim=True)
-    safe = torch.where(scale == 0, 1.0, scale)
-    norm_sq = (x / safe).square().sum(-1, keepdim=True)
-    return torch.where(scale == 0, 0.0, torch.where(scale == 0, 1.0, norm_sq).rsqrt() / safe)
+    safe, inverse = _row_scales(x)
+    return inverse / safe
 
 
 def _unit_rows(x: Tensor) -> Tensor:
-    return x * _inverse_norm(x)
+    """x_i / |x_i|, of one feature exactly 1 or -1; a zero row stays zero."""
+    if x.shape[-1] == 0:
+        return x
+    safe, inverse = _row_scales(x)
+    return x / safe * inverse
 
 
 def _scale_rows(k: Tensor) -> Tensor:
