@@ -229,7 +229,9 @@ class _Call:
         parts = self._parts(splits, 2 * n * n, into)
         config = self._config(r0, r1, columns, 1, self.vx, self.vy, even=self.n == r0 + r1)
         args = (self.vx, self.vy, parts, parts.stride(1), n, dx, dy, splits, groups, config)
-        keep = (not ieee and (self.measured or r1 == 0 or self.pieces < 3)) or self.dtype == torch.float64
+        # On Blackwell registers are kept in any case: else ptxas spills 8 to 32 bytes.
+        keep = not ieee and (self.measured or r1 == 0 or self.pieces < 3 or capability(self.x) >= 10)
+        keep = keep or self.dtype == torch.float64
         gram_whole.whole_grams[(splits * 2 * groups,)](*args, **options(warps, stages, keep=keep))
         return self._summed(parts, 2 * n * n, into)
 
@@ -341,6 +343,8 @@ class _Call:
         if factors is None and self.whole:
             table = gram_tiles.APPLY_TILES if self.measured else gram_tiles.SPARE_APPLY_TILES
             r0, r1, columns, warps, stages = self._whole_tiles(table, 2)
+            if capability(self.x) >= 10 and r0 == 128 and self.pieces == 2:
+                columns = 16  # with 32 ptxas spills 12 bytes
             splits = self._splits(sides * self.groups, max(self.dx, self.dy), columns)
             config = self._config(r0, r1, columns, 1, self.vx, self.vy, ox, oy, even=self.n == r0 + r1)
             args = (self.vx, self.vy, ox, oy, small, self.n, self.dx, self.dy, splits, first, sides, config)
