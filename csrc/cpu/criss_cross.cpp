@@ -155,13 +155,6 @@ template <class A>
 struct Stage {
   const Pass<A>& pass;
   int64_t first_image, images;
-
-  int64_t tasks() const { return images * pass.tasks(); }
-  void run(int64_t task, A* workspace) const {
-    // Neighbours, which may share lines of the cache, do not follow one another.
-    const int64_t i = task / images, even = ceil_div(pass.tasks(), int64_t{2});
-    pass.run(first_image + task % images, i < even ? 2 * i : 2 * (i - even) + 1, workspace);
-  }
 };
 
 template <class A>
@@ -177,30 +170,38 @@ class Workspace {
   std::unique_ptr<A, decltype(&std::free)> data_;
 };
 
-// Tasks of all stages go, in order, to whoever is free. One of a column pass waits for the rows of its
-// images, which others may have but begun; those who begin a task end it, so nobody waits for ever.
+// Each worker takes the tasks of images of its own, stage by stage, so that it finds them in its cache, then
+// those that are left of others. Columns of an image wait for its rows, which others may have but begun;
+// those who begin a task end it, so nobody waits for ever.
 template <class A>
 void run_in_order(const std::vector<Stage<A>>& stages) {
-  int64_t tasks = 0, work = 0, bytes = 0;
+  int64_t tasks = 0, work = 0, bytes = 0, most_images = 0;
   for (const Stage<A>& stage : stages) {
-    tasks += stage.tasks(), work += stage.tasks() * stage.pass.work();
-    bytes = std::max(bytes, stage.pass.bytes);
+    const int64_t count = stage.images * stage.pass.tasks();
+    tasks += count, work += count * stage.pass.work();
+    bytes = std::max(bytes, stage.pass.bytes), most_images = std::max(most_images, stage.images);
   }
   const int64_t workers = std::clamp<int64_t>(work / kTask, 1, std::min(num_threads(), tasks));
-  std::atomic<int64_t> next{0};
-  std::vector<std::atomic<int64_t>> left(stages.size());
-  for (size_t i = 0; i < stages.size(); ++i) left[i] = stages[i].tasks();
+  std::vector<std::atomic<int64_t>> taken(stages.size() * most_images), ended(stages.size() * most_images);
+  std::atomic<int64_t> arrived{0};
   parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     const Workspace<A> workspace(bytes);
-    size_t stage = 0;
-    int64_t before = 0;  // tasks of earlier stages
-    for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
-      while (task - before >= stages[stage].tasks()) before += stages[stage++].tasks();
-      if (stages[stage].pass.call.column) {
-        while (left[stage - 1] > 0) std::this_thread::yield();
+    const int64_t worker = arrived.fetch_add(1) % workers;
+    for (size_t s = 0; s < stages.size(); ++s) {
+      const Stage<A>& stage = stages[s];
+      const int64_t count = stage.pass.tasks(), even = ceil_div(count, int64_t{2});
+      for (int64_t k = 0; k < stage.images; ++k) {
+        const int64_t i = (worker * stage.images / workers + k) % stage.images;
+        for (int64_t t; (t = taken[s * most_images + i].fetch_add(1)) < count;) {
+          while (stage.pass.call.column && ended[(s - 1) * most_images + i] < stages[s - 1].pass.tasks()) {
+            std::this_thread::yield();
+          }
+          // Neighbours, which may share lines of the cache, do not follow one another.
+          const int64_t task = t < even ? 2 * t : 2 * (t - even) + 1;
+          stage.pass.run(stage.first_image + i, task, workspace.get());
+          ++ended[s * most_images + i];
+        }
       }
-      stages[stage].run(task - before, workspace.get());
-      --left[stage];
     }
   });
 }
@@ -209,7 +210,7 @@ void run_in_order(const std::vector<Stage<A>>& stages) {
 template <class A>
 void run_side_by_side(const Stage<A>& stage) {
   const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(stage.pass.work(), 1));
-  parallel_for(0, stage.tasks(), grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, stage.images * stage.pass.tasks(), grain, [&](int64_t begin, int64_t end) {
     const Workspace<A> workspace(stage.pass.bytes);
     for (int64_t i = begin; i < end; ++i) {
       stage.pass.run(stage.first_image + i / stage.pass.tasks(), i % stage.pass.tasks(), workspace.get());

@@ -102,10 +102,8 @@ def check_adapter(adapt: nn.Sequential, student: Tensor, teacher: Tensor) -> Non
             student.shape[2:], conv.kernel_size, conv.stride, conv.padding, strict=True
         )
     )
-    sized = isinstance(adapt, ConvAdapter) or conv.kernel_size != (
-        1,
-        1,
-    )  # ICKD compares maps of different sizes
+    # ICKD, whose embeddings are plain 1x1 convolutions, compares maps of different sizes.
+    sized = isinstance(adapt, ConvAdapter) or conv.kernel_size != (1, 1)
     if teacher.shape[1] != conv.out_channels or (sized and teacher.shape[2:] != size):
         need = ", ".join(map(str, size)) if sized else "H, W"
         raise ValueError(

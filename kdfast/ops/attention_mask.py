@@ -47,9 +47,8 @@ class _AttentionMask(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss, _=None, grad_spatial=None, grad_channel=None):
-        student, teacher, adapted, terms, *pairs = (
-            ctx.saved_tensors
-        )  # read once: a checkpoint unpacks them once
+        # Read once: a checkpoint unpacks them once.
+        student, teacher, adapted, terms, *pairs = ctx.saved_tensors
         spatial, channel, spatial_mask, channel_mask = pairs
         s, needed = ctx.settings, ctx.needs_input_grad[:3]
         if _second.wanted():
