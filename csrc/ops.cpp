@@ -16,7 +16,7 @@
 #include "cpu/masked_error_ops.h"
 #include "cpu/patch_gram.h"
 #include "cpu/projector_ops.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 #include "cpu/softmax_affinity_ops.h"
 #ifdef KD_WITH_CUDA
 #include "cuda/attention_mask_ops.h"

@@ -18,7 +18,7 @@
 #include "common/rounding.h"
 #include "cpu/affinity_ops.h"
 #include "cpu/affinity_order.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 #include "cpu/tasks.h"
 
 namespace kd {

@@ -10,7 +10,7 @@
 
 #include "cpu/attention_gradient.h"
 #include "cpu/attention_passes.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 
 namespace kd {
 

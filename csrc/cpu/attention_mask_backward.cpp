@@ -2,7 +2,7 @@
 // all its parts. Formulas: kdfast/reference/attention_mask.py.
 
 #include "cpu/attention_gradient.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 
 namespace kd {
 

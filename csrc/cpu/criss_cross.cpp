@@ -7,9 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <iterator>
-#include <memory>
 #include <thread>
 #include <vector>
 
@@ -18,7 +16,8 @@
 #include "common/parallel.h"
 #include "common/rounding.h"
 #include "cpu/criss_cross_ops.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
+#include "cpu/tasks.h"
 
 namespace kd {
 
@@ -157,19 +156,6 @@ struct Stage {
   int64_t first_image, images;
 };
 
-template <class A>
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes)
-      : data_(static_cast<A*>(std::aligned_alloc(64, round_up(bytes, int64_t{64}))), &std::free) {
-    KD_CHECK(data_, "criss_cross: out of memory for a workspace of ", bytes, " bytes");
-  }
-  A* get() const { return data_.get(); }
-
- private:
-  std::unique_ptr<A, decltype(&std::free)> data_;
-};
-
 // Each worker takes the tasks of images of its own, stage by stage, so that it finds them in its cache, then
 // those that are left of others. Columns of an image wait for its rows, which others may have but begun;
 // those who begin a task end it, so nobody waits for ever.
@@ -185,7 +171,7 @@ void run_in_order(const std::vector<Stage<A>>& stages) {
   std::vector<std::atomic<int64_t>> taken(stages.size() * most_images), ended(stages.size() * most_images);
   std::atomic<int64_t> arrived{0};
   parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    const Workspace<A> workspace(bytes);
+    const LargeBuffer<A> workspace(bytes / static_cast<int64_t>(sizeof(A)));
     const int64_t worker = arrived.fetch_add(1) % workers;
     for (size_t s = 0; s < stages.size(); ++s) {
       const Stage<A>& stage = stages[s];
@@ -211,7 +197,7 @@ template <class A>
 void run_side_by_side(const Stage<A>& stage) {
   const int64_t grain = std::max<int64_t>(1, kTask / std::max<int64_t>(stage.pass.work(), 1));
   parallel_for(0, stage.images * stage.pass.tasks(), grain, [&](int64_t begin, int64_t end) {
-    const Workspace<A> workspace(stage.pass.bytes);
+    const LargeBuffer<A> workspace(stage.pass.bytes / static_cast<int64_t>(sizeof(A)));
     for (int64_t i = begin; i < end; ++i) {
       stage.pass.run(stage.first_image + i / stage.pass.tasks(), i % stage.pass.tasks(), workspace.get());
     }

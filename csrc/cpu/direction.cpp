@@ -13,7 +13,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 
 namespace kd {
 

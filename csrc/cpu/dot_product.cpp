@@ -15,7 +15,7 @@
 #include "common/rounding.h"
 #include "cpu/dot_product_ops.h"
 #include "cpu/position_tensors.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 #include "cpu/tasks.h"
 
 namespace kd {

@@ -19,7 +19,7 @@
 #include "common/rounding.h"
 #include "cpu/feature_augment_chain.h"
 #include "cpu/feature_augment_ops.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 
 namespace kd {
 

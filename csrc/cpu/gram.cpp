@@ -4,7 +4,7 @@
 
 #include "cpu/gram_ops.h"
 #include "cpu/gram_run.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 
 namespace kd {
 

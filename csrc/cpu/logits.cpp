@@ -14,7 +14,7 @@
 #include "common/logits_ops.h"
 #include "common/parallel.h"
 #include "common/rounding.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 
 namespace kd {
 

@@ -15,7 +15,7 @@
 #include "common/rounding.h"
 #include "cpu/attention_map.h"
 #include "cpu/masked_error_ops.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 
 namespace kd {
 

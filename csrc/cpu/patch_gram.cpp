@@ -14,7 +14,7 @@
 #include "common/check.h"
 #include "cpu/gram_run.h"
 #include "cpu/patch_blocks.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 
 namespace kd {
 namespace {

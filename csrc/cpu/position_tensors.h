@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/position_map.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 
 namespace kd {
 

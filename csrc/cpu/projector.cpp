@@ -19,7 +19,7 @@
 #include "common/parallel.h"
 #include "common/rounding.h"
 #include "cpu/projector_ops.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 #include "cpu/workspace.h"
 
 namespace kd {

@@ -15,7 +15,7 @@
 #include "common/parallel.h"
 #include "common/rounding.h"
 #include "cpu/position_tensors.h"
-#include "cpu/results.h"
+#include "cpu/result.h"
 #include "cpu/softmax_affinity_ops.h"
 #include "cpu/tasks.h"
 

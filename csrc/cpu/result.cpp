@@ -1,4 +1,4 @@
-#include "cpu/results.h"
+#include "cpu/result.h"
 
 #include <algorithm>
 #include <functional>
